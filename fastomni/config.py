@@ -1,0 +1,220 @@
+"""Every setting of a run: typed, documented, and refused with a reason where it cannot work.
+
+`load_config("configs/rlvr.yaml", ["rlvr.beta=0.02"])` gives one frozen `Config`; the string under
+a field is what `--help` prints. A rule about one section is checked in that section's
+`__post_init__`, a rule between sections in `Config`'s. Torch is never imported here, so a mistyped
+key costs the user a fraction of a second. Where a default comes from the released trainer, its text
+says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from fastomni.config_help import describe
+from fastomni.config_stages import (
+    TRAINABLE_PARTS,
+    EvaluateConfig,
+    GrpoConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    RolloutConfig,
+    SftConfig,
+)
+from fastomni.config_yaml import (
+    ConfigError,
+    apply_overrides,
+    build,
+    check,
+    check_at_least,
+    check_positive,
+    check_text,
+    read_yaml,
+)
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "EvaluateConfig",
+    "GrpoConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PromptConfig",
+    "RolloutConfig",
+    "PretrainConfig",
+    "SftConfig",
+    "TRAINABLE_PARTS",
+    "describe",
+    "load_config",
+]
+
+# Text that the prompt's template places itself; a second copy would move the clip's tokens.
+RESERVED_TEXT = ("<image>", "<video>", "<audio>", "<|im_start|>", "<|im_end|>", "<|endoftext|>")
+
+# The released question Q and instruction T (R1-Omni, GRPO stage, humanomni trainer).
+RELEASED_QUESTION = (
+    "As an emotional recognition expert; throughout the video, which emotion conveyed by the "
+    "characters is the most obvious to you?"
+)
+RELEASED_THINK_INSTRUCTION = (
+    "Output the thinking process in <think> </think> and final emotion in <answer> </answer> tags."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which model, and how a clip is shaped for it."""
+
+    path: str = "tiny"
+    """Preset with random weights (tiny, 0.5b), a checkpoint's directory, or a hub id."""
+    num_frames: int | None = None
+    """Frames taken from a clip; null: as many as the checkpoint was made for."""
+    aspect: Literal["pad", "squash"] = "pad"
+    """How a frame becomes square: pad in grey (released training), squash (released inference)."""
+
+    def __post_init__(self) -> None:
+        check_text("path", self.path)
+        check_at_least(1, "num_frames", self.num_frames)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptConfig:
+    """The text around a clip."""
+
+    system: str = "You are a helpful assistant."
+    """System turn (released)."""
+    question: str = RELEASED_QUESTION
+    """Asked of every clip whose manifest row brings no question of its own (released)."""
+    think_instruction: str = RELEASED_THINK_INSTRUCTION
+    """Follows the question; asks for the tags that the rewards read (released)."""
+    separator: str = "\n"
+    """Stands between question and think_instruction (released: a newline)."""
+    video_placeholder: bool = True
+    """Start the user turn with <|vision_start|><|video_pad|><|vision_end|> (released GRPO)."""
+
+    def __post_init__(self) -> None:
+        check_text("question", self.question)
+        for key in ("system", "question", "think_instruction", "separator"):
+            text = getattr(self, key)
+            for reserved in RESERVED_TEXT:
+                problem = f"holds {reserved}, which the template places itself; remove it"
+                check(reserved not in text, key, text, problem)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where clips come from and how they are read."""
+
+    demo_dir: str | None = None
+    """Folder of the embedded demo set, drawn there if absent; manifests are relative to it."""
+    demo_scale: float = 1.0
+    """Share of the demo set's clips to draw."""
+    root: str | None = None
+    """Folder of a set of your own, in place of demo_dir; manifests are relative to it."""
+    modal: Literal["video_audio", "video", "audio"] = "video_audio"
+    """What the model is shown of a clip."""
+    workers: int = 2
+    """Processes that decode clips beside the step; 0 decodes inside it."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """An unreadable clip ends the run, or is skipped and counted."""
+    cache_mib: int = 1024
+    """Memory for frozen-tower features, in MiB; 0 computes them again in every epoch."""
+    feature_cache: str | None = None
+    """Folder where frozen-tower features are kept for later runs; null: memory only."""
+
+    def __post_init__(self) -> None:
+        for key in ("demo_dir", "root", "feature_cache"):
+            if getattr(self, key) is not None:
+                check_text(key, getattr(self, key))
+        check_positive("demo_scale", self.demo_scale)
+        check_at_least(0, "workers", self.workers)
+        check_at_least(0, "cache_mib", self.cache_mib)
+        both = self.demo_dir is not None and self.root is not None
+        problem = "and demo_dir are both set, and manifests can be relative to one; set one to null"
+        check(not both, "root", self.root, problem)
+        idle = self.demo_dir is None and self.demo_scale != 1.0
+        problem = "has no effect without data.demo_dir; set that or leave demo_scale out"
+        check(not idle, "demo_scale", self.demo_scale, problem)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One run: its stages, in order pretrain, base, coldstart, rlvr, each left out where null."""
+
+    output_dir: str = "runs/demo"
+    """Folder of the run: checkpoints, metrics, samples, plots, summary."""
+    seed: int = 0
+    """Fixes weights, order and sampling."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU where there is one."""
+    threads: int | None = None
+    """CPU threads of torch; null: torch's own choice."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Which model."""
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    """The text around a clip."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Where clips come from."""
+    pretrain: PretrainConfig | None = None
+    """Gives a new model's towers their first words; null: the stage is not run."""
+    base: SftConfig | None = None
+    """Teaches a new model to perceive; null: the stage is not run."""
+    coldstart: SftConfig | None = None
+    """Teaches the form of an explained answer; null: the stage is not run."""
+    rlvr: GrpoConfig | None = None
+    """Reinforcement learning from verifiable rewards; null: the stage is not run."""
+    evaluate: EvaluateConfig | None = None
+    """Measures after each stage; null: not measured."""
+
+    def __post_init__(self) -> None:
+        check_text("output_dir", self.output_dir)
+        problem = "must lie in [0, 2**32), the range of numpy's seeds"
+        check(0 <= self.seed < 2**32, "seed", self.seed, problem)
+        check_at_least(1, "threads", self.threads)
+        if not any((self.pretrain, self.base, self.coldstart, self.rlvr)):
+            raise ConfigError("nothing to train; give pretrain, base, coldstart or rlvr a section")
+        if self.data.demo_dir is None and self.data.root is None:
+            problem = "set this for a set of your own, or data.demo_dir for the embedded demo"
+            raise ConfigError(problem, "data.root")
+        if self.evaluate is not None and self.evaluate.swap_voice:
+            problem = (
+                f"needs both voice and picture, but data.modal={self.data.modal}; set it false"
+            )
+            both = self.data.modal == "video_audio"
+            check(both, "evaluate.swap_voice", self.evaluate.swap_voice, problem)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain data: what YAML and JSON can hold."""
+        return {key: _plain(part) for key, part in dataclasses.asdict(self).items()}
+
+    def to_yaml(self) -> str:
+        """YAML text that `load_config` reads back to an equal configuration."""
+        # Escapes, not letters, for what is not ASCII: some of it YAML would read back as spaces.
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """A checked configuration from a YAML file and `key=value` overrides.
+
+    Args:
+        path: YAML file of at most 64 KiB.
+        overrides: such as `rlvr.beta=0.02`; values are read as YAML, a later one wins.
+
+    Raises:
+        ConfigError: naming file or command line, key, what is wrong and what to do.
+    """
+    data = read_yaml(path)
+    typed = apply_overrides(data, overrides or [])
+    return build(Config, data, str(path), typed)

@@ -1,0 +1,289 @@
+"""Clips ready for the towers, decoded beside the consumer.
+
+The decision that is not obvious: the workers are threads. libav, Pillow and torch let go of the
+interpreter while they work, so threads decode as fast as processes do, share one cache, hand
+tensors over without copying, and end with the generator that started them.
+
+Pictures stay uint8 until a batch is used (`Preprocessing.normalize`), also in the cache.
+
+Shapes: F frames, S image size; pictures uint8 [F, 3, S, S]; mel float32 [bins, mel frames].
+"""
+
+import threading
+from collections import Counter, OrderedDict, deque
+from collections.abc import Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from fastomni.data.manifest import ManifestRow
+from fastomni.data.media import MediaError, read_frames, read_waveform
+from fastomni.data.preprocess import Preprocessing
+
+Modal = Literal["video_audio", "video", "audio"]
+MODALS = ("video_audio", "video", "audio")
+# From so many rows on, a manifest of which more than half fails is taken for a mistake.
+JUDGED_ROWS = 20
+SHOWN_REASONS = 5
+# Batches that are decoded ahead of the one in use: one to be taken next, one to absorb a slow clip.
+AHEAD = 2
+
+
+class ClipError(ValueError):
+    """A row whose clip cannot be used.
+
+    Args:
+        row_id: the row.
+        path: the file, or None where the row names none.
+        reason: what is wrong and what to do.
+    """
+
+    def __init__(self, row_id: str, path: Path | None, reason: str) -> None:
+        super().__init__(f"row {row_id!r}: {f'{path}: ' if path else ''}{reason}")
+        self.row_id = row_id
+        self.path = path
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.row_id, self.path, self.reason)
+
+
+class ClipsError(ValueError):
+    """Too many rows of a manifest fail to be worth going on; the message is a report."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A row and what the towers take of it.
+
+    Args:
+        row: the row of the manifest.
+        pictures: uint8 [F, 3, S, S], to be normalised by `Preprocessing.normalize`; None for
+            modal "audio".
+        mel: float32 [bins, mel frames]; None for modal "video".
+    """
+
+    row: ManifestRow
+    pictures: torch.Tensor | None
+    mel: torch.Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors."""
+        return sum(part.nbytes for part in (self.pictures, self.mel) if part is not None)
+
+
+def load_clip(row: ManifestRow, preprocessing: Preprocessing, modal: Modal = "video_audio") -> Clip:
+    """Decode one clip.
+
+    Args:
+        row: the row; the sound is in `row.audio` if that is given, else in the video file.
+        preprocessing: what the towers were trained with.
+        modal: which of picture and sound are asked for; both must be there then.
+
+    Returns:
+        The clip.
+
+    Raises:
+        ClipError: the file is missing or damaged, or has no such stream.
+    """
+    _check_modal(modal)
+    pictures = mel = None
+    path = row.video
+    try:
+        if modal != "audio":
+            if path is None:
+                raise ClipError(row.id, None, f"names no video, which modal {modal!r} asks for")
+            frames, _ = read_frames(path, preprocessing.num_frames)
+            pictures = preprocessing.pictures(frames)
+        if modal != "video":
+            path = row.audio or row.video
+            if path is None:
+                raise ClipError(row.id, None, f"names no sound, which modal {modal!r} asks for")
+            waveform = read_waveform(
+                path, preprocessing.sampling_rate, preprocessing.window_samples
+            )
+            mel = preprocessing.mel(waveform)
+    except MediaError as error:
+        raise ClipError(row.id, error.path, error.reason) from error
+    return Clip(row, pictures, mel)
+
+
+class ClipLoader:
+    """Decodes batches of clips ahead of their use, in the order asked for.
+
+    Args:
+        rows: the manifest.
+        preprocessing: what the towers were trained with.
+        workers: decoding threads; 0 decodes in the caller's thread, when a batch is asked for.
+        on_error: "raise" stops at the first clip that cannot be used; "skip" leaves it out of
+            its batch, notes it in `skipped` and does not try it again.
+        cache_mib: decoded clips kept in memory, MiB; the least recently used go first.
+        modal: which of picture and sound are asked for.
+
+    Raises:
+        ValueError: an argument outside its range.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[ManifestRow],
+        preprocessing: Preprocessing,
+        workers: int = 2,
+        on_error: Literal["raise", "skip"] = "raise",
+        cache_mib: float = 0,
+        modal: Modal = "video_audio",
+    ) -> None:
+        _check_modal(modal)
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f"on_error={on_error!r} is neither 'raise' nor 'skip'")
+        if workers < 0 or cache_mib < 0:
+            raise ValueError(f"workers={workers} and cache_mib={cache_mib} must not be negative")
+        self.rows = rows
+        self.preprocessing = preprocessing
+        self.workers = workers
+        self.on_error = on_error
+        self.modal: Modal = modal
+        self.skipped: dict[str, str] = {}
+        self._seen: set[str] = set()
+        self._cache = _ClipCache(int(cache_mib * (1 << 20)))
+
+    def batches(self, indices: Iterable[Sequence[int]]) -> Generator[list[Clip], None, None]:
+        """Decode these batches.
+
+        The threads end with the iterator: at its end, at an exception, or when it is closed.
+
+        Args:
+            indices: for each batch, the indices of its rows; read as far ahead as is decoded.
+
+        Yields:
+            The clips of each batch in order, without those that were skipped.
+
+        Raises:
+            ClipError: a clip cannot be used, and `on_error` is "raise".
+            ClipsError: more than half of the rows tried fail, from twenty rows on; or all do.
+        """
+        if self.workers == 0:
+            yield from (self._finished([self._attempt(i) for i in batch]) for batch in indices)
+        else:
+            pool = self._pool()
+            waiting: deque[list[Future[Clip | ClipError]]] = deque()
+            try:
+                for batch in indices:
+                    waiting.append([pool.submit(self._attempt, i) for i in batch])
+                    if len(waiting) > AHEAD:
+                        yield self._finished([future.result() for future in waiting.popleft()])
+                while waiting:
+                    yield self._finished([future.result() for future in waiting.popleft()])
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+        if self._seen and len(self.skipped) == len(self._seen):
+            raise ClipsError(self._report())
+
+    def count_readable(self, row_ids: Iterable[str]) -> None:
+        """Counts rows that the caller has from elsewhere when it is judged how many fail."""
+        self._seen.update(row_ids)
+
+    def _pool(self) -> ThreadPoolExecutor:
+        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="clips")
+        # One thread each for torch too: its own team per worker would fight with the trainer's.
+        # The count a thread sets becomes the default of threads started later, so all workers
+        # are started here, and the caller's own count is made the default again.
+        started = threading.Barrier(self.workers + 1)
+        try:
+            for _ in range(self.workers):
+                pool.submit(_start_worker, started)
+            started.wait()
+        except BaseException:  # an interrupt here must not leave the workers waiting for ever
+            started.abort()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+        torch.set_num_threads(torch.get_num_threads())
+        return pool
+
+    def _attempt(self, index: int) -> Clip | ClipError:
+        row = self.rows[index]
+        if row.id in self.skipped:
+            return ClipError(row.id, None, self.skipped[row.id])
+        clip = self._cache.get(index)
+        if clip is None:
+            try:
+                clip = load_clip(row, self.preprocessing, self.modal)
+            except ClipError as error:
+                return error
+            self._cache.put(index, clip)
+        return clip
+
+    def _finished(self, attempts: list[Clip | ClipError]) -> list[Clip]:
+        """Sort out the failures; in the consumer's thread, so that their order is certain."""
+        clips = []
+        for attempt in attempts:
+            if isinstance(attempt, Clip):
+                self._seen.add(attempt.row.id)
+                clips.append(attempt)
+                continue
+            if self.on_error == "raise":
+                raise attempt
+            self._seen.add(attempt.row_id)
+            self.skipped.setdefault(attempt.row_id, attempt.reason)
+        if len(self._seen) >= JUDGED_ROWS and 2 * len(self.skipped) > len(self._seen):
+            raise ClipsError(self._report())
+        return clips
+
+    def _report(self) -> str:
+        reasons = Counter(self.skipped.values()).most_common(SHOWN_REASONS)
+        examples = {reason: row_id for row_id, reason in reversed(self.skipped.items())}
+        lines = [f"  {count} x {reason} (row {examples[reason]!r})" for reason, count in reasons]
+        return "\n".join(
+            [
+                f"{len(self.skipped)} of {len(self._seen)} rows cannot be used, which is no "
+                "accident; check the manifest, its root and the modal:",
+                *lines,
+            ]
+        )
+
+
+class _ClipCache:
+    """Least recently used clips, bounded by the bytes of their tensors."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self.held_bytes = 0
+        self._clips: OrderedDict[int, Clip] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._clips)
+
+    def get(self, index: int) -> Clip | None:
+        with self._lock:
+            clip = self._clips.get(index)
+            if clip is not None:
+                self._clips.move_to_end(index)
+            return clip
+
+    def put(self, index: int, clip: Clip) -> None:
+        if clip.nbytes > self.limit_bytes:
+            return
+        with self._lock:
+            # The same row may stand in two batches that are decoded at the same time.
+            if index in self._clips:
+                return
+            self._clips[index] = clip
+            self.held_bytes += clip.nbytes
+            while self.held_bytes > self.limit_bytes:
+                _, oldest = self._clips.popitem(last=False)
+                self.held_bytes -= oldest.nbytes
+
+
+def _start_worker(started: threading.Barrier) -> None:
+    torch.set_num_threads(1)
+    started.wait()
+
+
+def _check_modal(modal: str) -> None:
+    if modal not in MODALS:
+        raise ValueError(f"modal={modal!r} is none of {', '.join(MODALS)}")

@@ -1,0 +1,178 @@
+"""The words of the demo set: facts, captions, explanations, and the way back from text to facts.
+
+A clip of the demo shows a handful of facts, each with few levels (`FACE_FACTS`, `VOICE_FACTS`).
+One sentence order serves captions and explanations alike, so that what the base model learns to
+say about a clip is word for word what the cold start asks it to say before it answers. "medium" is
+a level of three voice facts; the fixed order pitch, pace, loudness, tremor tells them apart.
+
+A covered face has no face facts but `{"face": "covered"}`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from itertools import product
+
+import numpy as np
+
+EMOTIONS: tuple[str, ...] = ("happy", "surprise", "neutral", "angry", "disgust", "sad", "fear")
+"""The seven classes of DFEW, in the order of its label file."""
+
+FACE_FACTS: dict[str, tuple[str, ...]] = {
+    "mouth": ("smiling", "flat", "frowning", "skewed"),
+    "lips": ("closed", "parted", "wide-open"),
+    "brows": ("raised", "level", "lowered", "slanted"),
+    "eyes": ("wide", "normal", "narrow"),
+}
+VOICE_FACTS: dict[str, tuple[str, ...]] = {
+    "pitch": ("low", "medium", "high"),
+    "pace": ("slow", "medium", "fast"),
+    "loudness": ("soft", "medium", "loud"),
+    "tremor": ("steady", "trembling"),
+}
+COVERED: dict[str, str] = {"face": "covered"}
+CAPTION_QUESTION = "Describe the face and the voice."
+
+_DECISIONS = ("the {} decides.", "here the {} decides.", "so the {} decides.")
+_WORD = re.compile(r"[a-z]+(?:-[a-z]+)*")
+
+
+def _face_sentence(facts: Mapping[str, str]) -> str:
+    if facts.get("face") == "covered":
+        return "the face is covered."
+    return (
+        f"the mouth is {facts['mouth']} and {facts['lips']}, the brows are {facts['brows']}, "
+        f"the eyes are {facts['eyes']}."
+    )
+
+
+def caption(facts: Mapping[str, str]) -> str:
+    """Say the facts of a clip in one sentence for the face and one for the voice.
+
+    Args:
+        facts: level by fact; either all of `FACE_FACTS` or `face: covered`, and all of
+            `VOICE_FACTS`.
+
+    Returns:
+        Lower-case text without any emotion word.
+
+    Raises:
+        ValueError: a fact is missing or has a level it cannot have.
+    """
+    covered = facts.get("face") == "covered"
+    needed = VOICE_FACTS if covered else {**FACE_FACTS, **VOICE_FACTS}
+    for name, levels in needed.items():
+        if facts.get(name) not in levels:
+            raise ValueError(
+                f"facts: {name}={facts.get(name)!r} is not a level of this fact; "
+                f"use one of {', '.join(levels)}"
+            )
+    voice = (
+        f"the voice is {facts['pitch']}, {facts['pace']}, {facts['loudness']} and "
+        f"{facts['tremor']}."
+    )
+    return f"{_face_sentence(facts)} {voice}"
+
+
+def explanation(facts: Mapping[str, str], label: str, rng: np.random.Generator) -> str:
+    """Write the explained answer of a clip: its facts, what decides, and the label.
+
+    Args:
+        facts: level by fact, as `caption` takes them.
+        label: one of `EMOTIONS`.
+        rng: picks one of the paraphrases of the last sentence.
+
+    Returns:
+        `<think>facts, what decides</think>`, a newline, `<answer>label</answer>`.
+
+    Raises:
+        ValueError: the label is no emotion of the set, or the facts are incomplete.
+    """
+    if label not in EMOTIONS:
+        raise ValueError(f"label {label!r} is not an emotion of the demo; use one of {EMOTIONS}")
+    return _explain(facts, label, int(rng.integers(len(_DECISIONS))))
+
+
+def _explain(facts: Mapping[str, str], label: str, paraphrase: int) -> str:
+    decider = "voice" if facts.get("face") == "covered" else "face"
+    decision = _DECISIONS[paraphrase].format(decider)
+    return f"<think>{caption(facts)} {decision}</think>\n<answer>{label}</answer>"
+
+
+def _first_level(clause: list[str], levels: tuple[str, ...]) -> str | None:
+    return next((word for word in clause if word in levels), None)
+
+
+def _clause(text: str, subject: str, ends: str) -> list[str]:
+    """Return the words between the first `subject` and the next character of `ends`."""
+    found = re.search(rf"\b{subject}\b([^{ends}]*)", text)
+    return _WORD.findall(found.group(1)) if found else []
+
+
+def _voice_claims(words: list[str]) -> dict[str, str]:
+    known = {level for levels in VOICE_FACTS.values() for level in levels}
+    said = [word for word in words if word in known]
+    if len(said) == len(VOICE_FACTS):
+        in_order = zip(VOICE_FACTS, said, strict=True)
+        return {name: word for name, word in in_order if word in VOICE_FACTS[name]}
+    # An incomplete list leaves "medium" without an owner: only words of a single fact count.
+    return {
+        name: word
+        for name, levels in VOICE_FACTS.items()
+        for word in said
+        if word in levels and word != "medium"
+    }
+
+
+def claims(text: str) -> dict[str, str]:
+    """Read the facts that a text claims: the inverse of `caption` and `explanation`.
+
+    Any text is taken; what cannot be read is left out, so a garbled completion claims less.
+
+    Args:
+        text: a caption, an explanation, or a model's attempt at either.
+
+    Returns:
+        Level by fact.
+    """
+    text = text.lower()
+    found: dict[str, str] = {}
+    if "covered" in _clause(text, "face", ".<"):
+        found.update(COVERED)
+    mouth = _clause(text, "mouth", ",.<")
+    clauses = {
+        "mouth": mouth,
+        "lips": mouth,
+        "brows": _clause(text, "brows", ",.<"),
+        "eyes": _clause(text, "eyes", ",.<"),
+    }
+    for name, levels in FACE_FACTS.items():
+        level = _first_level(clauses[name], levels)
+        if level is not None:
+            found[name] = level
+    found.update(_voice_claims(_clause(text, "voice", ".<")))
+    return found
+
+
+def demo_texts() -> Iterator[str]:
+    """Yield a small corpus with every template and every word, for training a tokenizer.
+
+    Yields:
+        The caption question, captions covering every combination of face facts and of voice
+        facts, and one explanation per label, paraphrase and kind of face.
+    """
+    voices = [
+        dict(zip(VOICE_FACTS, levels, strict=True)) for levels in product(*VOICE_FACTS.values())
+    ]
+    faces = [dict(zip(FACE_FACTS, levels, strict=True)) for levels in product(*FACE_FACTS.values())]
+    yield CAPTION_QUESTION
+    for index, face in enumerate(faces):
+        yield caption({**face, **voices[index % len(voices)]})
+    for voice in voices:
+        yield caption({**COVERED, **voice})
+    for index, label in enumerate(EMOTIONS):
+        for paraphrase in range(len(_DECISIONS)):
+            pick = index * len(_DECISIONS) + paraphrase
+            yield _explain({**faces[pick * 7 % len(faces)], **voices[pick]}, label, paraphrase)
+            yield _explain({**COVERED, **voices[-pick]}, label, paraphrase)

@@ -1,0 +1,283 @@
+"""From decoded frames and sound to what the towers take: pixels and log-mel.
+
+The decision that is not obvious: resizing yields uint8, and normalising is a step of its own.
+Clips are kept and moved as uint8, a quarter of the bytes, and a whole batch is normalised at
+once where it is used; `pixels` does both for one clip.
+
+Shapes: F frames, S image size; frames are uint8 [F, height, width, 3], pictures uint8
+[F, 3, S, S], pixels float32 [F, 3, S, S], mel float32 [mel_bins, 2 * audio_positions].
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+if TYPE_CHECKING:
+    from transformers import WhisperFeatureExtractor
+
+Aspect = Literal["pad", "squash"]
+ASPECTS = ("pad", "squash")
+# HumanOmni pads with this grey (mm_utils.py, `process_video`), not with the processor's mean.
+PAD_GREY = 127
+BICUBIC = 3
+DECODER = "pyav"
+PROCESSOR = "preprocessor_config.json"
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Everything that decides what the towers see of a clip.
+
+    Args:
+        num_frames: frames per clip, F.
+        image_size: side of the square picture in pixels, S.
+        aspect: "pad" puts the frame on a grey square first, "squash" stretches it. The released
+            code trains with the former and evaluates with the latter.
+        image_mean: mean per channel, of values in [0, 1].
+        image_std: standard deviation per channel.
+        mel_bins: mel bands of the audio tower.
+        audio_positions: positions of the audio tower; it takes twice as many mel frames.
+        sampling_rate: Hz.
+        hop: samples from one mel frame to the next.
+        n_fft: samples under one window.
+    """
+
+    num_frames: int
+    image_size: int
+    aspect: Aspect
+    image_mean: tuple[float, float, float]
+    image_std: tuple[float, float, float]
+    mel_bins: int
+    audio_positions: int
+    sampling_rate: int = 16000
+    hop: int = 160
+    n_fft: int = 400
+
+    def __post_init__(self) -> None:
+        if self.aspect not in ASPECTS:
+            raise ValueError(
+                f"aspect={self.aspect!r} is none of {', '.join(ASPECTS)}; "
+                "the released model trains with pad and evaluates with squash"
+            )
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.type is int and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{item.name}={value!r} must be a whole number of at least 1")
+        if len(self.image_mean) != 3 or len(self.image_std) != 3 or min(self.image_std) <= 0:
+            raise ValueError(
+                f"image_mean={self.image_mean} and image_std={self.image_std} must be "
+                "three numbers each, the latter positive"
+            )
+
+    @classmethod
+    def from_tower_dirs(
+        cls,
+        siglip_dir: str | Path,
+        whisper_dir: str | Path,
+        num_frames: int = 8,
+        aspect: Aspect = "pad",
+    ) -> "Preprocessing":
+        """Read the constants from the towers' folders.
+
+        Sizes come from `config.json`, constants from `preprocessor_config.json`; where both
+        name one they must agree. The audio window follows from the tower's positions alone:
+        a processor can only express whole seconds.
+
+        Args:
+            siglip_dir: folder of the vision tower.
+            whisper_dir: folder of the audio tower.
+            num_frames: frames per clip; HumanOmni takes 8.
+            aspect: "pad" or "squash".
+
+        Returns:
+            The preprocessing these towers were trained with.
+
+        Raises:
+            ValueError: a file is missing or broken, or asks for what is not supported.
+        """
+        vision, image = _read(siglip_dir, "config.json"), _read(siglip_dir, PROCESSOR)
+        audio, sound = _read(whisper_dir, "config.json"), _read(whisper_dir, PROCESSOR)
+        where = f"{siglip_dir}/{PROCESSOR}"
+        size = _get(vision.get("vision_config", vision), "image_size", siglip_dir)
+        _same(where, "size", image.get("size", size), (size, {"height": size, "width": size}))
+        _same(where, "resample", image.get("resample", BICUBIC), (BICUBIC,))
+        factor = image.get("rescale_factor", 1 / 255)
+        if not isinstance(factor, float) or abs(factor - 1 / 255) > 1e-9:
+            raise ValueError(f"{where}: rescale_factor={factor!r}; only 1/255 is supported")
+        bins = _get(audio, "num_mel_bins", whisper_dir)
+        where = f"{whisper_dir}/{PROCESSOR}"
+        _same(where, "feature_size", sound.get("feature_size", bins), (bins,))
+        _same(where, "dither", sound.get("dither", 0.0), (0.0,))
+        return cls(
+            num_frames=num_frames,
+            image_size=size,
+            aspect=aspect,
+            image_mean=_channels(image, "image_mean", siglip_dir),
+            image_std=_channels(image, "image_std", siglip_dir),
+            mel_bins=bins,
+            audio_positions=_get(audio, "max_source_positions", whisper_dir),
+            sampling_rate=sound.get("sampling_rate", 16000),
+            hop=sound.get("hop_length", 160),
+            n_fft=sound.get("n_fft", 400),
+        )
+
+    @property
+    def window_samples(self) -> int:
+        """Samples the audio tower sees; longer sound is cut, shorter is padded."""
+        return 2 * self.audio_positions * self.hop
+
+    def fingerprint(self) -> str:
+        """All that decides what the towers see, as one stable line of text."""
+        values = [f"{item.name}={getattr(self, item.name)}" for item in fields(self)]
+        return " ".join([f"decoder={DECODER}", "resize=pillow-bicubic", *values]).replace(", ", ",")
+
+    def pictures(self, frames: npt.NDArray[np.uint8]) -> torch.Tensor:
+        """Pad or squash, and resize; what remains is `normalize`.
+
+        Args:
+            frames: RGB frames, uint8 [F, height, width, 3].
+
+        Returns:
+            uint8 [F, 3, S, S].
+
+        Raises:
+            ValueError: another shape or dtype, or no frames.
+        """
+        if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8 or not frames.size:
+            raise ValueError(
+                f"frames must be uint8 [F, height, width, 3], got {frames.dtype} "
+                f"{list(frames.shape)}"
+            )
+        side = (self.image_size, self.image_size)
+        pictures = np.empty((len(frames), *side, 3), np.uint8)
+        for target, frame in zip(pictures, frames, strict=True):
+            if self.aspect == "pad":
+                frame = _on_square(frame)
+            target[:] = np.asarray(
+                Image.fromarray(frame).resize(side, Image.Resampling.BICUBIC), np.uint8
+            )
+        return torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2)))
+
+    def normalize(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Scale to [0, 1], then subtract the mean and divide by the deviation.
+
+        Args:
+            pictures: uint8 [..., 3, S, S], of one clip or a batch, on any device.
+
+        Returns:
+            float32 [..., 3, S, S] on the same device.
+        """
+        mean = torch.tensor(self.image_mean, device=pictures.device).view(3, 1, 1)
+        std = torch.tensor(self.image_std, device=pictures.device).view(3, 1, 1)
+        # (x / 255 - mean) / std as one multiplication and one subtraction.
+        return pictures.to(torch.float32).mul_(1 / (255 * std)).sub_(mean / std)
+
+    def pixels(self, frames: npt.NDArray[np.uint8]) -> torch.Tensor:
+        """Pixels the vision tower takes.
+
+        Args:
+            frames: RGB frames, uint8 [F, height, width, 3].
+
+        Returns:
+            float32 [F, 3, S, S].
+
+        Raises:
+            ValueError: another shape or dtype, or no frames.
+        """
+        return self.normalize(self.pictures(frames))
+
+    def mel(self, waveform: npt.NDArray[np.float32]) -> torch.Tensor:
+        """Log-mel the audio tower takes, by transformers' WhisperFeatureExtractor.
+
+        Args:
+            waveform: mono sound at `sampling_rate`, float32 [samples]; cut or padded with zeros
+                to `window_samples`, as Whisper was trained.
+
+        Returns:
+            float32 [mel_bins, 2 * audio_positions].
+
+        Raises:
+            ValueError: no samples, or more than one channel.
+        """
+        if waveform.ndim != 1 or not waveform.size:
+            raise ValueError(f"waveform must be float32 [samples], got {list(waveform.shape)}")
+        features = self._extractor(
+            waveform,
+            sampling_rate=self.sampling_rate,
+            max_length=self.window_samples,
+            return_tensors="np",
+        )
+        return torch.from_numpy(features["input_features"][0])
+
+    @cached_property
+    def _extractor(self) -> "WhisperFeatureExtractor":
+        # Imported here: it takes most of a second, which reading a manifest should not cost.
+        from transformers import WhisperFeatureExtractor
+
+        return WhisperFeatureExtractor(
+            feature_size=self.mel_bins,
+            sampling_rate=self.sampling_rate,
+            hop_length=self.hop,
+            n_fft=self.n_fft,
+        )
+
+
+def _on_square(frame: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Paste centred on a grey square of the longer side; an odd rest goes right or below."""
+    height, width, _ = frame.shape
+    if height == width:
+        return frame
+    side = max(height, width)
+    top, left = (side - height) // 2, (side - width) // 2
+    canvas = np.full((side, side, 3), PAD_GREY, np.uint8)
+    canvas[top : top + height, left : left + width] = frame
+    return canvas
+
+
+def _read(folder: str | Path, name: str) -> dict[str, Any]:
+    path = Path(folder) / name
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(
+            f"{path}: cannot be read ({error.strerror}); a tower's folder needs config.json "
+            f"and {PROCESSOR}"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); get the file again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected an object, got {type(content).__name__}")
+    return content
+
+
+def _get(config: dict[str, Any], key: str, folder: str | Path) -> int:
+    value = config.get(key)
+    if not isinstance(value, int):
+        raise ValueError(f"{folder}/config.json: {key}={value!r} must be a whole number")
+    return value
+
+
+def _same(where: str, key: str, value: Any, allowed: Sequence[Any]) -> None:
+    if value not in allowed:
+        raise ValueError(
+            f"{where}: {key}={value!r} does not fit; this tower is fed with {allowed[0]!r}"
+        )
+
+
+def _channels(image: dict[str, Any], key: str, folder: str | Path) -> tuple[float, float, float]:
+    value = image.get(key)
+    if (
+        not isinstance(value, list)
+        or len(value) != 3
+        or not all(isinstance(number, int | float) for number in value)
+    ):
+        raise ValueError(f"{folder}/{PROCESSOR}: {key}={value!r} must be three numbers")
+    return cast(tuple[float, float, float], tuple(float(number) for number in value))

@@ -1,0 +1,183 @@
+"""The Qwen2 decoder, lean: packed rows in, hidden states out, fused qkv and gate-up weights.
+
+It runs on `GroupLayout` rows, so that a prompt's rows are computed once for all its completions.
+One forward serves training, scoring and prefill; `decode_step` advances all live sequences by one
+token over the caches that prefill filled.
+
+Shapes: T packed rows, S sequences, H hidden, Hq query heads, Hkv key/value heads, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastomni.model.config import OmniConfig
+from fastomni_kernels import GroupLayout, prefix_attention, prefix_decode
+
+
+@dataclass
+class KeyValueCache:
+    """Keys and values of one rollout: prompts packed once, completions in fixed slots.
+
+    Attributes:
+        prompt_lengths: P_i of each prompt, host integers.
+        generations: G, completions per prompt; sequence s belongs to prompt s // G.
+        prefix: per layer, keys and values [sum P, Hkv, D] of the prompts.
+        suffix: per layer, keys and values [S, C_max, Hkv, D] of the completions.
+        length: completion tokens already stored, the same for all sequences.
+    """
+
+    prompt_lengths: tuple[int, ...]
+    generations: int
+    prefix: list[tuple[Tensor, Tensor]]
+    suffix: list[tuple[Tensor, Tensor]]
+    length: int = 0
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm with its statistics in fp32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Normalises the last axis of [..., H]."""
+        normed = F.rms_norm(hidden.float(), (hidden.shape[-1],), None, self.eps)
+        return self.weight * normed.to(hidden.dtype)
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and SwiGLU with the released layer's arithmetic."""
+
+    def __init__(self, config: OmniConfig) -> None:
+        super().__init__()
+        self.query_heads = config.num_attention_heads
+        self.key_value_heads = config.num_key_value_heads
+        self.head_dim = config.head_dim
+        heads = self.query_heads + 2 * self.key_value_heads
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.qkv = nn.Linear(config.hidden_size, heads * self.head_dim)
+        self.o_proj = nn.Linear(self.query_heads * self.head_dim, config.hidden_size, bias=False)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def project(self, hidden: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        """Queries [T, Hq, D], keys and values [T, Hkv, D] of rows [T, H], rotated."""
+        heads = self.qkv(self.input_layernorm(hidden)).unflatten(-1, (-1, self.head_dim))
+        rotated, values = heads.split(
+            (self.query_heads + self.key_value_heads, self.key_value_heads), dim=1
+        )
+        rotated = rotate(rotated, rotation)
+        queries, keys = rotated.split((self.query_heads, self.key_value_heads), dim=1)
+        return queries, keys, values
+
+    def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """Output projection, residuals and the feed-forward part; all [T, H]."""
+        hidden = hidden + self.o_proj(attended.flatten(1))
+        gate, up = self.gate_up(self.post_attention_layernorm(hidden)).chunk(2, dim=-1)
+        return hidden + self.down_proj(F.silu(gate) * up)
+
+
+class Decoder(nn.Module):
+    """Token embeddings, decoder layers, final norm and the language-model head."""
+
+    def __init__(self, config: OmniConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head: nn.Parameter | None = None
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The head's weight [V, H]: the embedding's own where they are tied."""
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head
+
+    @property
+    def blocks(self) -> Iterable[DecoderLayer]:
+        """The layers, by their own type."""
+        return cast("Iterable[DecoderLayer]", self.layers)
+
+    def forward(
+        self, embeddings: Tensor, layout: GroupLayout, cache: KeyValueCache | None = None
+    ) -> Tensor:
+        """Hidden states after the final norm.
+
+        Args:
+            embeddings: [T, H] rows in the order of `layout`.
+            layout: the packed rows; must be on the embeddings' device.
+            cache: where given, each layer's keys and values of the rows are appended to
+                `cache.prefix` (a prefill; the layout then holds prompts only).
+
+        Returns:
+            [T, H] in the embeddings' dtype.
+        """
+        rotation = rotary(layout.positions, self.config, embeddings.dtype)
+        hidden = embeddings
+        for layer in self.blocks:
+            queries, keys, values = layer.project(hidden, rotation)
+            if cache is not None:
+                cache.prefix.append((keys.contiguous(), values.contiguous()))
+            hidden = layer.finish(hidden, prefix_attention(queries, keys, values, layout))
+        return self.norm(hidden)
+
+    def decode_step(self, embeddings: Tensor, positions: Tensor, cache: KeyValueCache) -> Tensor:
+        """One token for every sequence: hidden states [S, H] of embeddings [S, H].
+
+        Writes the tokens' keys and values into the cache's slot `cache.length` and advances it.
+
+        Args:
+            embeddings: [S, H].
+            positions: [S] integers, P_i + cache.length.
+            cache: filled by a prefill; its tensors are changed in place.
+        """
+        rotation = rotary(positions, self.config, embeddings.dtype)
+        slot, hidden = cache.length, embeddings
+        for index, layer in enumerate(self.blocks):
+            queries, keys, values = layer.project(hidden, rotation)
+            suffix_keys, suffix_values = cache.suffix[index]
+            suffix_keys[:, slot] = keys
+            suffix_values[:, slot] = values
+            attended = prefix_decode(
+                queries,
+                *cache.prefix[index],
+                cache.prompt_lengths,
+                suffix_keys,
+                suffix_values,
+                slot + 1,
+                cache.generations,
+            )
+            hidden = layer.finish(hidden, attended)
+        cache.length = slot + 1
+        return self.norm(hidden)
+
+
+def rotary(positions: Tensor, config: OmniConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and signed sines [T, 1, D] of the rotary position embedding, angles in fp32."""
+    half = config.head_dim // 2
+    exponents = torch.arange(half, device=positions.device, dtype=torch.float32) / half
+    frequencies = config.rope_theta**-exponents
+    angles = positions.float()[:, None] * frequencies
+    cosines, sines = angles.cos(), angles.sin()
+    return (
+        torch.cat((cosines, cosines), dim=-1)[:, None].to(dtype),
+        torch.cat((-sines, sines), dim=-1)[:, None].to(dtype),
+    )
+
+
+def rotate(heads: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotates [T, heads, D] by position: the first half of D pairs with the second."""
+    cosines, sines = rotation
+    return heads * cosines + heads.roll(heads.shape[-1] // 2, dims=-1) * sines

@@ -1,0 +1,175 @@
+"""Prefix-shared generation: one prefill per prompt, G completions decoded together.
+
+The weights are the policy's own tensors. Keys and values of a prompt are stored once and read by
+all its completions; finished sequences keep their slot until the whole batch is done. A token is
+drawn from a counter-based generator keyed by its sequence's seed and its position, so a completion
+does not depend on what else is in the batch.
+
+Shapes: N prompts, G completions each, S = N * G sequences, M completion tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastomni.model.decoder import KeyValueCache
+from fastomni.model.omni import OmniModel
+from fastomni_kernels import GroupLayout, gather_logprobs, sample
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn.
+
+    Attributes:
+        num_generations: G, completions per prompt.
+        max_new_tokens: tokens of a completion at most, its stop token included.
+        temperature: divides the logits; 0 takes the most likely token.
+        top_k: only the k most likely tokens, 0 for all.
+        top_p: the smallest set of tokens with at least this probability.
+    """
+
+    num_generations: int = 1
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+@dataclass
+class Rollout:
+    """Completions of N prompts in the order of `layout`.
+
+    Attributes:
+        layout: the packed rows of prompts and completions.
+        tokens: [M] int64, each completion with its stop token where it reached one.
+        logprobs: [M] fp32 log-probabilities under the tempered, untruncated distribution.
+        stopped: per sequence, whether it ended with a stop token (else it was cut at the limit).
+    """
+
+    layout: GroupLayout
+    tokens: Tensor
+    logprobs: Tensor
+    stopped: list[bool]
+
+    def completions(self) -> list[list[int]]:
+        """Token ids of every sequence, without its stop token."""
+        pieces = self.tokens.cpu().split(list(self.layout.sequence_lengths))
+        return [
+            piece.tolist()[: -1 if stopped else None]
+            for piece, stopped in zip(pieces, self.stopped, strict=True)
+        ]
+
+
+def sequence_seeds(seed: int, step: int, ids: Sequence[str], generations: int) -> Tensor:
+    """One 64-bit seed per sequence [S], from (seed, step, row id, completion index).
+
+    Keyed by identity, not by call order: batching, resuming and other rows change nothing.
+    """
+    seeds = []
+    for name in ids:
+        for generation in range(generations):
+            key = f"{seed}/{step}/{name}/{generation}".encode()
+            seeds.append(
+                int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little", signed=True)
+            )
+    return torch.tensor(seeds, dtype=torch.int64)
+
+
+@torch.no_grad()
+def generate(
+    model: OmniModel,
+    prompt_embeddings: Tensor,
+    prompt_lengths: Sequence[int],
+    sampling: Sampling,
+    seeds: Tensor | None = None,
+) -> Rollout:
+    """Draws G completions for each prompt.
+
+    Args:
+        model: the policy.
+        prompt_embeddings: [sum P, H] packed prompts.
+        prompt_lengths: the N lengths P_i.
+        sampling: how tokens are drawn.
+        seeds: [S] int64, one per sequence; needed unless the temperature is 0.
+
+    Returns:
+        The completions; every one has at least one token.
+    """
+    if sampling.temperature > 0 and seeds is None:
+        raise ValueError("generate: sampling at a temperature needs one seed per sequence")
+    device, generations = prompt_embeddings.device, sampling.num_generations
+    hidden, cache = prefill(model, prompt_embeddings, prompt_lengths, sampling)
+    head = model.decoder.head_weight
+    logits = (hidden @ head.T).repeat_interleave(generations, dim=0)  # [S, V]
+    stop_ids = torch.tensor(model.stop_ids, device=device)
+    first_position = torch.tensor(prompt_lengths, device=device).repeat_interleave(generations)
+    seeds = None if seeds is None else seeds.to(device)
+    lengths = torch.zeros(len(first_position), dtype=torch.int64, device=device)
+    running = torch.ones_like(lengths, dtype=torch.bool)
+    drawn: list[tuple[Tensor, Tensor]] = []
+    for position in range(sampling.max_new_tokens):
+        tokens, logprobs = _draw(logits, sampling, seeds, position)
+        drawn.append((tokens, logprobs))
+        lengths += running
+        running = running & ~torch.isin(tokens, stop_ids)
+        if position + 1 == sampling.max_new_tokens or not running.any():
+            break
+        embedded = model.decoder.embed_tokens(tokens)
+        hidden = model.decoder.decode_step(embedded, first_position + position, cache)
+        logits = hidden @ head.T
+    counts = lengths.tolist()
+    layout = GroupLayout.build(
+        list(prompt_lengths),
+        [counts[i : i + generations] for i in range(0, len(counts), generations)],
+        device,
+    )
+    tokens, logprobs = (torch.stack(column, dim=1) for column in zip(*drawn, strict=True))
+    stopped = [not still for still in running.tolist()]
+    return Rollout(layout, layout.unpad(tokens), layout.unpad(logprobs), stopped)
+
+
+def prefill(
+    model: OmniModel, prompt_embeddings: Tensor, prompt_lengths: Sequence[int], sampling: Sampling
+) -> tuple[Tensor, KeyValueCache]:
+    """Runs each prompt once: its last hidden state [N, H], and the cache for decoding."""
+    generations, config = sampling.num_generations, model.config
+    cache = KeyValueCache(tuple(prompt_lengths), generations, [], [])
+    layout = GroupLayout.build(
+        list(prompt_lengths), [[] for _ in prompt_lengths], prompt_embeddings.device
+    )
+    hidden = model(prompt_embeddings, layout, cache)
+    shape = (
+        len(prompt_lengths) * generations,
+        sampling.max_new_tokens,
+        config.num_key_value_heads,
+        config.head_dim,
+    )
+    cache.suffix = [
+        (prompt_embeddings.new_zeros(shape), prompt_embeddings.new_zeros(shape))
+        for _ in range(config.num_hidden_layers)
+    ]
+    last = [offset - 1 for offset in layout.group_offsets[1:]]
+    return hidden[torch.tensor(last, device=hidden.device)], cache
+
+
+def _draw(
+    logits: Tensor, sampling: Sampling, seeds: Tensor | None, position: int
+) -> tuple[Tensor, Tensor]:
+    """Tokens [S] and their log-probabilities [S] from logits [S, V]."""
+    if seeds is None or sampling.temperature == 0:
+        tokens = logits.argmax(dim=-1)
+        return tokens, gather_logprobs(logits, tokens)[0]
+    return sample(
+        logits,
+        seeds,
+        position,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+    )

@@ -1,0 +1,97 @@
+"""The words of the demo set, and the way back from a text to facts."""
+
+from __future__ import annotations
+
+import random
+import re
+from itertools import product
+
+import numpy as np
+import pytest
+
+from fastomni.data.demo_face import FACE_PROTOTYPES
+from fastomni.data.demo_text import (
+    EMOTIONS,
+    FACE_FACTS,
+    VOICE_FACTS,
+    caption,
+    claims,
+    demo_texts,
+    explanation,
+)
+from fastomni.data.demo_voice import VOICE_PROTOTYPES
+
+
+def test_caption_in_words() -> None:
+    facts = {
+        "mouth": "smiling",
+        "lips": "wide-open",
+        "brows": "level",
+        "eyes": "narrow",
+        "pitch": "medium",
+        "pace": "medium",
+        "loudness": "loud",
+        "tremor": "steady",
+    }
+    assert caption(facts) == (
+        "the mouth is smiling and wide-open, the brows are level, the eyes are narrow. "
+        "the voice is medium, medium, loud and steady."
+    )
+    assert caption({**facts, "face": "covered"}) == (
+        "the face is covered. the voice is medium, medium, loud and steady."
+    )
+
+
+def test_bad_facts_and_labels_are_refused() -> None:
+    facts = {**FACE_PROTOTYPES["sad"], **VOICE_PROTOTYPES["sad"]}
+    with pytest.raises(ValueError, match=r"eyes='shut' .* use one of wide, normal, narrow"):
+        caption({**facts, "eyes": "shut"})
+    with pytest.raises(ValueError, match="pitch=None"):
+        caption({key: value for key, value in facts.items() if key != "pitch"})
+    with pytest.raises(ValueError, match="label 'glad' is not an emotion"):
+        explanation(facts, "glad", np.random.default_rng(0))
+
+
+def test_claims_invert_every_combination() -> None:
+    rng = np.random.default_rng(0)
+    voices = [
+        dict(zip(VOICE_FACTS, levels, strict=True)) for levels in product(*VOICE_FACTS.values())
+    ]
+    faces: list[dict[str, str]] = [
+        dict(zip(FACE_FACTS, levels, strict=True)) for levels in product(*FACE_FACTS.values())
+    ]
+    for face in [*faces, {"face": "covered"}]:
+        for voice in voices:
+            facts = {**face, **voice}
+            assert claims(caption(facts)) == facts
+    for index, face in enumerate(faces):
+        facts = {**face, **voices[index % len(voices)]}
+        assert claims(explanation(facts, EMOTIONS[index % 7], rng)) == facts
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", {}),
+        ("<answer>happy</answer>", {}),
+        ("THE MOUTH IS FLAT, THE EYES ARE WIDE", {"mouth": "flat", "eyes": "wide"}),
+        ("the mouth is wide-open. the eyes", {"lips": "wide-open"}),
+        ("the brows are wide, the eyes are raised.", {}),
+        ("the voice is loud and medium", {"loudness": "loud"}),
+        ("the voice is high, slow, high and steady.", {"pitch": "high", "pace": "slow"}),
+        ("the face is covered the voice is", {"face": "covered"}),
+    ],
+)
+def test_claims_of_other_texts(text: str, expected: dict[str, str]) -> None:
+    found = claims(text)
+    assert expected.items() <= found.items()
+    assert set(found) - set(expected) <= {"tremor"}
+
+
+def test_claims_take_any_text() -> None:
+    words = sorted({word for text in demo_texts() for word in re.findall(r"\S+", text)})
+    picker = random.Random(0)
+    for _ in range(300):
+        text = " ".join(picker.choices(words, k=20))
+        for name, level in claims(text).items():
+            assert level in {**FACE_FACTS, **VOICE_FACTS, "face": ("covered",)}[name]

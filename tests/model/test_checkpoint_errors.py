@@ -1,0 +1,190 @@
+"""Checkpoints that cannot be read are refused with the file, the reason and what to do."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fastomni.model import OmniModel
+from fastomni.model.config import CheckpointError, read_json, write_json
+
+MakeModel = Callable[..., OmniModel]
+NORM = "model.norm.weight"
+
+
+@pytest.fixture
+def checkpoint(make_model: MakeModel, tmp_path: Path) -> Path:
+    make_model().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors")
+
+
+def change_json(path: Path, **changes: object) -> None:
+    write_json(path, read_json(path) | changes)
+
+
+def shards(folder: Path, index: dict[str, object]) -> None:
+    write_json(folder / "model.safetensors.index.json", index)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+# What is done to the checkpoint, and words that the error must have.
+BROKEN: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
+    "shape": (
+        lambda folder: change_weights(folder, lambda w: w.update({NORM: torch.ones(17)})),
+        ("model.safetensors", NORM, "(17,)", "(16,)", "config that came with"),
+    ),
+    "unknown tensor": (
+        lambda folder: change_weights(folder, lambda w: w.update(surprise=torch.ones(2))),
+        ("model.safetensors", "surprise", "belongs to no part of the model"),
+    ),
+    "missing decoder tensor": (
+        lambda folder: change_weights(folder, lambda w: w.pop(NORM)),
+        ("1 tensors are missing", NORM),
+    ),
+    "missing tower tensor": (
+        lambda folder: change_weights(
+            folder, lambda w: w.pop("model.bert_model.pooler.dense.bias")
+        ),
+        ("missing", "model.bert_model.pooler.dense.bias", "siglip/, whisper/ and bert/"),
+    ),
+    "integer weights": (
+        lambda folder: change_weights(folder, lambda w: w.update({NORM: torch.ones(16).long()})),
+        (NORM, "I64", "F32"),
+    ),
+    "truncated weights": (
+        lambda folder: truncate(folder / "model.safetensors"),
+        ("model.safetensors", "not a whole safetensors file", "download it again"),
+    ),
+    "no weights": (
+        lambda folder: (folder / "model.safetensors").unlink(),
+        ("model.safetensors does not exist", "only safetensors"),
+    ),
+    "absent shard": (
+        lambda folder: shards(folder, {"weight_map": {NORM: "model-00001-of-00001.safetensors"}}),
+        ("model-00001-of-00001.safetensors", "does not exist"),
+    ),
+    "index without a map": (
+        lambda folder: shards(folder, {"metadata": {}}),
+        ("model.safetensors.index.json", "weight_map"),
+    ),
+    "no config": (
+        lambda folder: (folder / "config.json").unlink(),
+        ("config.json does not exist", "directory of a checkpoint"),
+    ),
+    "config that is not JSON": (
+        lambda folder: truncate(folder / "config.json"),
+        ("config.json", "not valid JSON"),
+    ),
+    "config in another encoding": (
+        lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe{\x00}\x00"),
+        ("config.json", "not valid JSON"),
+    ),
+    "config that is a list": (
+        lambda folder: (folder / "config.json").write_text("[1]"),
+        ("config.json", "expected a JSON object", "list"),
+    ),
+    "another model": (
+        lambda folder: change_json(folder / "config.json", model_type="qwen2"),
+        ("config.json", "'qwen2'", "HumanOmni_qwen2"),
+    ),
+    "absent size": (
+        lambda folder: change_json(folder / "config.json", num_attention_heads=None),
+        ("config.json", "num_attention_heads is None", "positive integer"),
+    ),
+    "size that is text": (
+        lambda folder: change_json(folder / "config.json", hidden_size="16"),
+        ("config.json", "hidden_size is '16'", "positive integer"),
+    ),
+    "tower config that is not JSON": (
+        lambda folder: truncate(folder / "whisper" / "config.json"),
+        ("whisper", "not valid JSON"),
+    ),
+    "tower size that is text": (
+        lambda folder: change_json(folder / "bert" / "config.json", hidden_size="eight"),
+        ("bert", "hidden_size", "config that came with"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_checkpoint(checkpoint: Path, case: str) -> None:
+    damage, words = BROKEN[case]
+    damage(checkpoint)
+    with pytest.raises(CheckpointError) as caught:
+        OmniModel.from_pretrained(checkpoint)
+    for word in words:
+        assert word in str(caught.value)
+    assert str(checkpoint) in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["{}/nowhere", "nowhere", "./a/b", "~unknown-user/nowhere"])
+def test_neither_a_directory_nor_a_hub_id(tmp_path: Path, path: str) -> None:
+    with pytest.raises(CheckpointError, match="neither a directory nor a hub id"):
+        OmniModel.from_pretrained(path.format(tmp_path))
+
+
+class Bomb:
+    """Unpickling it writes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.bin", "siglip/pytorch_model.bin"])
+def test_pickles_are_not_read(checkpoint: Path, tmp_path: Path, name: str) -> None:
+    (checkpoint / "model.safetensors").unlink()
+    exploded = tmp_path / "exploded"
+    (checkpoint / name).write_bytes(pickle.dumps(Bomb(exploded)))
+    with pytest.raises(CheckpointError, match="only safetensors weights are read"):
+        OmniModel.from_pretrained(checkpoint)
+    assert not exploded.exists()
+    pickle.loads((checkpoint / name).read_bytes())
+    assert exploded.exists(), "the bomb of this test does not work"
+
+
+def test_a_broken_tower_folder(checkpoint: Path) -> None:
+    change_weights(checkpoint, lambda w: w.pop("model.bert_model.pooler.dense.bias"))
+    (checkpoint / "bert" / "model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(CheckpointError, match=r"bert.*not a whole safetensors file"):
+        OmniModel.from_pretrained(checkpoint)
+
+
+def test_a_hub_id_brings_safetensors_and_text_alone(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, list[str]]] = []
+
+    def snapshot(name: str, allow_patterns: list[str]) -> str:
+        asked.append((name, allow_patterns))
+        return str(checkpoint)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    assert OmniModel.from_pretrained("owner/name").config.hidden_size == 16
+    assert asked == [("owner/name", ["*.json", "*.safetensors", "*.txt"])]
+
+
+def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def snapshot(name: str, allow_patterns: list[str]) -> str:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    with pytest.raises(CheckpointError, match=r"owner/name is no directory here.*no route.*check"):
+        OmniModel.from_pretrained("owner/name")

@@ -1,0 +1,168 @@
+"""Log-probabilities and entropy against torch's log_softmax in float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastomni_kernels import gather_logprobs, linear_logprobs, logprobs
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def random_ids(count: int, vocabulary: int) -> Tensor:
+    return torch.randint(vocabulary, (count,), generator=torch.Generator().manual_seed(0))
+
+
+def plain_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    log_p = (logits / temperature).log_softmax(-1)
+    return log_p.gather(1, ids[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 3.0])
+@pytest.mark.parametrize("used", ["logprobs", "entropy", "both"])
+def test_gradients_through_logprobs_and_entropy(temperature: float, used: str) -> None:
+    hidden, weight = normal(11, 5).requires_grad_(), normal(7, 5, seed=1).requires_grad_()
+    ids, coefficients = random_ids(11, 7), normal(2, 11, seed=2)
+    coefficients *= torch.tensor([[float(used != "entropy")], [float(used != "logprobs")]])
+
+    def total(outputs: tuple[Tensor, Tensor]) -> Tensor:
+        parts = [c * x for c, x in zip(coefficients, outputs, strict=True) if c.any()]
+        return torch.stack(parts).sum()
+
+    expected = plain_logprobs(hidden @ weight.T, ids, temperature)
+    expected_grads = torch.autograd.grad(total(expected), (hidden, weight))
+    for actual in (
+        gather_logprobs(hidden @ weight.T, ids, temperature),
+        linear_logprobs(hidden, weight, ids, temperature),
+        linear_logprobs(hidden, weight, ids, temperature, chunk_bytes=3 * 2 * 7 * 8),
+    ):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+        grads = torch.autograd.grad(total(actual), (hidden, weight))
+        torch.testing.assert_close(grads, expected_grads, rtol=0, atol=1e-12)
+
+
+def test_gradcheck_of_both_outputs() -> None:
+    hidden, weight = normal(4, 3).requires_grad_(), normal(5, 3, seed=1).requires_grad_()
+    ids = random_ids(4, 5)
+    assert torch.autograd.gradcheck(lambda h, w: linear_logprobs(h, w, ids, 0.8), (hidden, weight))
+    assert torch.autograd.gradcheck(
+        lambda x: gather_logprobs(x, ids, 0.8), (weight[:4] @ weight.T,)
+    )
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_frozen_input_changes_nothing_for_the_other(frozen: int) -> None:
+    hidden, weight, ids = normal(4, 3), normal(5, 3, seed=1), random_ids(4, 5)
+    trained = (weight, hidden)[frozen].requires_grad_()
+    (actual,) = torch.autograd.grad(linear_logprobs(hidden, weight, ids)[0].sum(), trained)
+    (hidden, weight)[frozen].requires_grad_()
+    (expected,) = torch.autograd.grad(linear_logprobs(hidden, weight, ids)[0].sum(), trained)
+    assert torch.equal(actual, expected)
+
+
+def test_entropy_is_off_where_nobody_asks_for_it() -> None:
+    hidden, weight, ids = normal(6, 3).requires_grad_(), normal(5, 3), random_ids(6, 5)
+    with_it = linear_logprobs(hidden, weight, ids)
+    without = linear_logprobs(hidden, weight, ids, with_entropy=False)
+    torch.testing.assert_close(without[0], with_it[0], rtol=0, atol=1e-14)
+    assert (without[1] == 0).all() and not without[1].requires_grad
+    torch.testing.assert_close(
+        torch.autograd.grad(without[0].sum(), hidden),
+        torch.autograd.grad(with_it[0].sum(), hidden),
+    )
+
+
+@given(st.integers(0, 9), st.integers(1, 400))
+@settings(max_examples=30, deadline=None)
+def test_chunks_change_nothing(count: int, chunk_bytes: int) -> None:
+    hidden, weight = normal(count, 3).requires_grad_(), normal(5, 3).requires_grad_()
+    ids = random_ids(count, 5)
+    results = []
+    for chunk in (2**20, chunk_bytes):
+        outputs = linear_logprobs(hidden, weight, ids, chunk_bytes=chunk)
+        grads = torch.autograd.grad(outputs[0].sum() + outputs[1].sum(), (hidden, weight))
+        results.append((*outputs, *grads))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-12)
+
+
+def test_logits_at_once_stay_under_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+
+    def watch(original: Callable[..., object]) -> Callable[..., object]:
+        def watched(logits: Tensor, *rest: object) -> object:
+            sizes.append(logits.untyped_storage().nbytes())
+            return original(logits, *rest)
+
+        return watched
+
+    for name in ("_logprob_statistics", "_logit_gradient"):
+        monkeypatch.setattr(logprobs, name, watch(getattr(logprobs, name)))
+    hidden, weight = torch.randn(100, 4, requires_grad=True), torch.randn(50, 4)
+    bound = 4000
+    linear_logprobs(hidden, weight, random_ids(100, 50), chunk_bytes=bound)[0].sum().backward()
+    assert len(sizes) == 2 * 10
+    assert all(2 * size <= bound for size in sizes)
+
+
+def test_float32_is_close_to_float64_and_bfloat16_is_computed_wider() -> None:
+    hidden, weight, ids = normal(64, 32), 3 * normal(300, 32, seed=1), random_ids(64, 300)
+    expected = plain_logprobs(hidden @ weight.T, ids, 1.0)
+    actual = linear_logprobs(hidden.float(), weight.float(), ids)
+    assert all(x.dtype == torch.float32 for x in actual)
+    for got, want in zip(actual, expected, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=2e-5)
+    half = linear_logprobs(hidden.bfloat16(), weight.bfloat16(), ids)
+    wide = linear_logprobs(hidden.bfloat16().float(), weight.bfloat16().float(), ids)
+    assert torch.equal(half[0], wide[0]) and torch.equal(half[1], wide[1])
+
+
+def test_very_negative_and_very_large_logits() -> None:
+    logits = torch.tensor([[0.0, -1e4, -1e30], [-1e30, -1e30, -1e30], [3e38, 0.0, -3e38]])
+    ids = torch.tensor([1, 2, 0])
+    values, entropy = gather_logprobs(logits.requires_grad_(), ids)
+    torch.testing.assert_close(values, torch.tensor([-1e4, -math.log(3), 0.0]))
+    torch.testing.assert_close(entropy, torch.tensor([0.0, math.log(3), 0.0]))
+    (values.sum() + entropy.sum()).backward()
+    assert logits.grad is not None and logits.grad.isfinite().all()
+
+
+def test_masked_logits_have_no_mass_and_no_gradient() -> None:
+    logits = torch.tensor([[1.0, -math.inf, 0.5, -math.inf]], requires_grad=True)
+    kept = torch.tensor([[1.0, 0.5]], requires_grad=True)
+    actual = gather_logprobs(logits, torch.tensor([2]))
+    expected = plain_logprobs(kept, torch.tensor([1]), 1.0)
+    torch.testing.assert_close(actual, expected)
+    (grad,) = torch.autograd.grad(actual[0].sum() + actual[1].sum(), logits)
+    (kept_grad,) = torch.autograd.grad(expected[0].sum() + expected[1].sum(), kept)
+    torch.testing.assert_close(grad[:, [0, 2]], kept_grad)
+    assert (grad[:, [1, 3]] == 0).all()
+    assert gather_logprobs(logits, torch.tensor([1]))[0].item() == -math.inf
+
+
+@pytest.mark.parametrize(
+    ("ids", "temperature", "message"),
+    [
+        (torch.tensor([0, 5]), 1.0, "ids go from 0 to 5 but the vocabulary has 5"),
+        (torch.tensor([0, -100]), 1.0, "drop padding ids"),
+        (torch.tensor([0, 1], dtype=torch.int32), 1.0, "must be torch.int64"),
+        (torch.tensor([0]), 1.0, r"ids has shape \[1\]; it must be \[2\]"),
+        (torch.tensor([0, 1]), 0.0, "temperature=0.0"),
+        (torch.tensor([0, 1]), math.nan, "temperature=nan"),
+    ],
+)
+def test_ids_and_temperatures_that_mean_nothing_are_refused(
+    ids: Tensor, temperature: float, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        gather_logprobs(torch.zeros(2, 5), ids, temperature)
+    with pytest.raises(ValueError, match=message):
+        linear_logprobs(torch.zeros(2, 3), torch.zeros(5, 3), ids, temperature)

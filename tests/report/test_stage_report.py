@@ -1,0 +1,80 @@
+"""What a stage writes and prints, and what a resumed one drops."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastomni.data.manifest import ManifestRow
+from fastomni.report import StageReport
+
+ROWS = [ManifestRow(name, Path(f"{name}.mp4"), None, None, "happy") for name in "ab"]
+
+
+def steps_in(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_every_step_is_written_and_some_are_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = StageReport(tmp_path, "rlvr", log_every=2)
+    report.start(0, 5)
+    for step in range(1, 6):
+        with report.phase("update"):
+            pass
+        report.step(step, {"loss": 0.5 / step, "reward": 1.25, "frac_reward_zero_std": 0.18})
+    report.close()
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in printed] == ["rlvr 2/5", "rlvr 4/5", "rlvr 5/5"]
+    assert "loss 0.2500  reward 1.25  zero-std 18%" in printed[0]
+    assert steps_in(tmp_path / "metrics.jsonl") == [1, 2, 3, 4, 5]
+    record = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[2])
+    assert record["loss"] == 0.5 / 3
+    assert record["seconds/update"] >= 0
+    assert record["seconds/step"] >= record["seconds/update"] + record["seconds/data"] - 1e-9
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_phases_are_timed_and_begin_anew_each_step(tmp_path: Path) -> None:
+    report = StageReport(tmp_path, "base")
+    report.start(0, 2)
+    with report.phase("update"):
+        torch.ones(10).sum()
+    with report.phase("update"):
+        pass
+    report.step(1, {"loss": 1.0})
+    report.step(2, {"loss": 1.0})
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert "seconds/update" in lines[0] and "seconds/update" not in lines[1]
+    report.close()
+
+
+def test_completions_of_the_first_clip_are_kept(tmp_path: Path) -> None:
+    report = StageReport(tmp_path, "rlvr")
+    scores = {"reward": torch.tensor([[1.0, 0.0], [0.5, 0.5]])}
+    report.completions(3, ROWS, ["one", "two", "three", "four"], scores)
+    (line,) = (tmp_path / "completions.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(line) == {
+        "step": 3,
+        "id": "a",
+        "label": "happy",
+        "completions": ["one", "two"],
+        "rewards": {"reward": [1.0, 0.0]},
+    }
+
+
+@pytest.mark.parametrize("torn", ["", '{"step": 5, "lo', "{"])
+def test_a_resumed_stage_drops_later_lines_and_half_of_one(torn: str, tmp_path: Path) -> None:
+    for name in ("metrics.jsonl", "completions.jsonl"):
+        lines = "".join(json.dumps({"step": step}) + "\n" for step in range(1, 5))
+        (tmp_path / name).write_text(lines + torn, encoding="utf-8")
+    report = StageReport(tmp_path, "rlvr")
+    report.start(2, 4)
+    report.step(3, {"loss": 1.0})
+    report.close()
+    assert steps_in(tmp_path / "metrics.jsonl") == [1, 2, 3]
+    assert steps_in(tmp_path / "completions.jsonl") == [1, 2]

@@ -1,0 +1,136 @@
+"""Who may import whom, read from every file's syntax tree, and what an import must not load."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# From the top down; a room may import those in its own row and below, never above.
+ROWS = [
+    {"train", "evaluate", "infer", "doctor"},
+    {"grpo", "sft", "pretrain", "runs"},
+    {"rollout", "scoring", "prompts", "rewards", "engine", "report"},
+    {"model", "data"},
+    {"fastomni_kernels"},
+]
+ROW_OF = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
+
+# Settings and the import of optional packages, open to every room and importing none of them.
+OPEN_TO_ALL = {"config", "config_help", "config_stages", "config_yaml", "extras"}
+
+# The only places that may name these packages.
+OWNERS = {
+    "deepspeed": "fastomni/engine/",
+    "nvidia": "fastomni/data/dali.py",
+    "triton": "kernels/fastomni_kernels/",
+    "av": "fastomni/data/",
+}
+
+
+def sources() -> list[Path]:
+    found = [*(ROOT / "fastomni").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
+    return sorted(path for path in found if "__pycache__" not in path.parts)
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Dotted names that a file imports, at its top or inside a function."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: write imports in full, not relative"
+            assert node.module is not None
+            yield node.module
+            if node.module == "fastomni":
+                yield from (f"fastomni.{alias.name}" for alias in node.names)
+
+
+def room(name: str) -> str | None:
+    """The room a dotted module name lies in; None outside the project and for fastomni itself."""
+    top, _, rest = name.partition(".")
+    if top == "fastomni_kernels":
+        return top
+    return rest.partition(".")[0] or None if top == "fastomni" else None
+
+
+def room_of_file(path: Path) -> str:
+    relative = path.relative_to(ROOT)
+    return "fastomni_kernels" if relative.parts[0] == "kernels" else relative.parts[1].split(".")[0]
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_downwards(path: Path) -> None:
+    here = room_of_file(path)
+    rooms = {found for name in imported(path) if (found := room(name)) is not None}
+    rooms -= {"__version__"}
+    if here == "__init__" or here in OPEN_TO_ALL:
+        assert rooms <= OPEN_TO_ALL
+        return
+    assert here in ROW_OF, f"{path.name}: give the new room its row in ROWS of this test"
+    for other in rooms - OPEN_TO_ALL:
+        assert other in ROW_OF, f"{path}: imports {other}, which has no row in ROWS"
+        assert ROW_OF[other] >= ROW_OF[here], f"{path}: {here} must not import {other}"
+    if here == "data":
+        assert "model" not in rooms, f"{path}: data knows no model"
+    if here == "model":
+        assert "data" not in rooms, f"{path}: a model works on tensors, not on clips' files"
+    if here == "fastomni_kernels":
+        assert rooms <= {"fastomni_kernels"}, f"{path}: kernels know nothing of fastomni"
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_packages_with_one_owner_are_imported_by_it_alone(path: Path) -> None:
+    tops = {name.partition(".")[0] for name in imported(path)}
+    place = path.relative_to(ROOT).as_posix()
+    for package, owner in OWNERS.items():
+        assert package not in tops or place.startswith(owner), f"{place} imports {package}"
+    assert "kernels" not in tops, f"{place}: that name belongs to a Hugging Face package"
+    if place.startswith("kernels/"):
+        allowed = {"torch", "triton", "fastomni_kernels", *sys.stdlib_module_names}
+        assert tops <= allowed, f"{place} imports {sorted(tops - allowed)}"
+
+
+def test_the_rule_sees_an_import_that_points_upwards(tmp_path: Path) -> None:
+    file = tmp_path / "x.py"
+    file.write_text("def f():\n    from fastomni import grpo\n    import fastomni.rollout as r\n")
+    assert [room(name) for name in imported(file)] == [None, "grpo", "rollout"]
+    assert ROW_OF["grpo"] < ROW_OF["rollout"] < ROW_OF["model"] < ROW_OF["fastomni_kernels"]
+
+
+def test_no_module_is_a_drawer_for_leftovers_or_named_kernels() -> None:
+    names = {path.relative_to(ROOT).as_posix() for path in sources()}
+    assert not [name for name in names if name.endswith(("/utils.py", "/helpers.py"))]
+    for place in ("fastomni", "kernels", "tests", "configs"):
+        assert not list((ROOT / place).rglob("kernels")), place
+        assert not list((ROOT / place).rglob("kernels.py")), place
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("fastomni", ["torch", "transformers", "yaml", "fastomni_kernels"]),
+        ("fastomni.config", ["torch", "transformers", "numpy", "fastomni_kernels"]),
+        ("fastomni.rewards", ["torch", "transformers", "numpy", "fastomni_kernels"]),
+        # A spawned process imports the command's module again: it must not cost seconds there.
+        ("fastomni.train", ["torch", "transformers", "fastomni_kernels"]),
+        ("fastomni.evaluate", ["torch", "transformers", "fastomni_kernels"]),
+        ("fastomni_kernels", ["triton.language", "transformers", "fastomni"]),
+        ("fastomni_kernels.ops", ["triton.language", "transformers", "fastomni"]),
+    ],
+)
+def test_an_import_loads_only_what_it_needs(
+    module: str, absent: list[str], python_environment: dict[str, str]
+) -> None:
+    code = f"import sys, {module}; print([n for n in {absent!r} if n in sys.modules])"
+    command = [sys.executable, "-c", code]
+    child = subprocess.run(
+        command, env=python_environment, capture_output=True, text=True, check=True
+    )
+    assert child.stdout == "[]\n"

@@ -1,0 +1,214 @@
+"""Every command, snippet, link and table of the READMEs holds.
+
+Commands are run as they stand where that takes seconds; else the same command runs on a toy set
+(trainings), at toy sizes (the benchmark, the demo set) or dry (make, whose set-up needs a network).
+A command of a kind that is not known here fails, so that none goes unchecked.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastomni_kernels
+from fastomni.config import load_config
+from fastomni.data.manifest import ManifestRow, read_manifest
+from fastomni.rewards import resolve
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ("README.md", "kernels/README.md", "bench/results/README.md")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+KERNELS = (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
+TOY_BENCH = ["--prompts", "1", "--generations", "2", "--prompt-tokens", "60",
+             "--completion-tokens", "4", "--repeats", "1", "--threads", "1"]  # fmt: skip
+
+
+def snippets(text: str, language: str) -> list[str]:
+    """The fenced blocks of one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+COMMANDS = [line for block in snippets(README, "bash") for line in block.splitlines() if line]
+
+
+def run(
+    words: list[str], environment: dict[str, str], folder: Path
+) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        words, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+@pytest.fixture(scope="module")
+def trained(
+    toy_config: Path, python_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The folder of a toy run, trained by the command of the README."""
+    folder = tmp_path_factory.mktemp("trained")
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "-m", "fastomni.train"]
+    environment = python_environment | {"OMP_NUM_THREADS": "1"}
+    run([*words, str(toy_config), f"output_dir={folder}"], environment, toy_config.parent)
+    return folder
+
+
+def check_make(words: list[str], environment: dict[str, str]) -> None:
+    targets = [word for word in words if "=" not in word]
+    settings = [word.removeprefix("ARGS=") for word in words if word.startswith("ARGS=")]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"no target {target}"
+    if targets == ["train"]:
+        load_config(ROOT / "configs" / "rlvr.yaml", [s for a in settings for s in a.split()])
+    run(["make", "--dry-run", *words], environment, ROOT)
+
+
+def check_module(
+    words: list[str], environment: dict[str, str], request: pytest.FixtureRequest
+) -> None:
+    module, *arguments = words
+    environment = environment | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", module]
+    if module == "fastomni.data.demo":
+        folder = request.getfixturevalue("tmp_path")
+        run([*command, *arguments, "--scale", "0.01", "--workers", "1"], environment, folder)
+        assert (folder / arguments[arguments.index("--out") + 1] / "rlvr.jsonl").is_file()
+        assert (folder / arguments[arguments.index("--sheet") + 1]).stat().st_size > 10_000
+    elif arguments == ["--help"]:
+        assert "rlvr.rollout.num_generations" in run([*command, "--help"], environment, ROOT).stdout
+    else:
+        config, *overrides = arguments
+        load_config(ROOT / config, overrides)
+        if module == "fastomni.evaluate":
+            toy, output = (request.getfixturevalue(name) for name in ("toy_config", "trained"))
+            values = [str(toy), *overrides, f"output_dir={output}"]
+            run([*command, *values], environment, toy.parent)
+        else:
+            assert module == "fastomni.train"
+            assert (request.getfixturevalue("trained") / "summary.json").is_file()
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_a_command_works(
+    line: str, python_environment: dict[str, str], request: pytest.FixtureRequest
+) -> None:
+    program, *words = shlex.split(line)
+    if program == "make":
+        check_make(words, python_environment)
+    elif line == "source .venv/bin/activate":
+        assert "VENV := .venv\n" in (ROOT / "Makefile").read_text(encoding="utf-8")
+    elif program in ("torchrun", "python") and words[0] == "-m":
+        check_module(words[1:], python_environment, request)
+    elif program == "python" and words[0] == "bench/step.py":
+        run([sys.executable, *words, *TOY_BENCH], python_environment, ROOT)
+    else:
+        pytest.fail(f"no check for: {line}")
+
+
+def test_the_toy_run_leaves_what_the_readme_names(trained: Path) -> None:
+    for name in ("summary.json", "summary.md", "curves.png"):
+        assert (trained / name).stat().st_size > 100
+    summary = json.loads((trained / "summary.json").read_text(encoding="utf-8"))
+    assert list(summary["evaluation"]) == ["cold_start", "rlvr"]
+    assert list(summary["stages"]) == ["base", "cold_start", "rlvr"]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_pictures_exist(page: str) -> None:
+    folder = (ROOT / page).parent
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert (folder / target).exists(), target
+
+
+def test_folders_of_the_table_exist_and_all_are_in_it() -> None:
+    named = set(re.findall(r"^\| `(\w[\w/]*)/` \|", README, re.MULTILINE))
+    assert len(named) > 5
+    for folder in named:
+        assert (ROOT / folder).is_dir(), folder
+    packages = {path.parent for path in (ROOT / "fastomni").glob("*/__init__.py")}
+    assert {str(path.relative_to(ROOT)) for path in packages} <= named
+
+
+def test_configurations_are_valid(tmp_path: Path) -> None:
+    blocks = snippets(README, "yaml")
+    assert blocks
+    for block in blocks:
+        path = tmp_path / "snippet.yaml"
+        path.write_text(block, encoding="utf-8")
+        config = load_config(path)
+        assert config.rlvr is not None and "my_rewards:brevity" in config.rlvr.rewards
+
+
+def test_manifests_can_be_read(tmp_path: Path) -> None:
+    own, released = snippets(README, "json")
+    rows: list[list[ManifestRow]] = []
+    for name, text in (("own.jsonl", own), ("released.json", released)):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        rows.append(read_manifest(tmp_path / name))
+    assert [row.label for row in rows[0]] == ["happy", "sad", "angry"]
+    assert rows[0][1].audio == (tmp_path / "clips" / "b.wav").resolve()
+    assert rows[0][2].response is not None
+    assert [(row.label, row.question) for row in rows[1]] == [
+        ("happy", "Which emotion is the most obvious?")
+    ]
+
+
+def test_the_reward_can_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = snippets(README, "python")
+    (tmp_path / "my_rewards.py").write_text(block, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (reward,) = resolve(["my_rewards:brevity"])
+    assert [reward("word " * count, "happy") for count in (0, 40, 80)] == [1.0, 1.0, 0.5]
+
+
+def test_the_figures_of_the_step_are_those_of_the_result_file() -> None:
+    path = ROOT / "bench" / "results" / "step_cpu.json"
+    report = json.loads(path.read_text(encoding="utf-8"))
+    assert report["environment"]["date"] in README
+    for mode, result in report["results"].items():
+        (row,) = re.findall(rf"^\| `{mode}` \|.*$", README, re.MULTILINE)
+        for name in ("training", "step"):
+            shown = f"{result[name]['median_s']:.2f} s"
+            if mode != "true":
+                shown += f" ({report['ratios'][mode][name]:.1f}x)"
+            assert shown in row
+
+
+def test_the_table_of_dependencies_is_that_of_the_package() -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    required = re.search(r"^dependencies = \[\n(.*?)^\]", project, re.MULTILINE | re.DOTALL)
+    assert required is not None
+    names = re.findall(r'^ +"([A-Za-z0-9_-]+)', required.group(1), re.MULTILINE)
+    table = README.split("## Dependencies")[1].split("##")[0]
+    assert re.findall(r"^\| `([\w-]+)` \|", table, re.MULTILINE) == names
+    section = project.split("optional-dependencies]\n")[1].split("\n[")[0]
+    extras = re.findall(r"^(\w+) = \[", section, re.MULTILINE)
+    assert "dev" in extras
+    for extra in extras:
+        assert f"`{extra}`" in table, extra
+
+
+def test_the_table_of_kernels_is_that_of_the_package() -> None:
+    table = re.findall(r"^\| `(\w+)[.(]", KERNELS, re.MULTILINE)
+    assert sorted(table) == sorted(fastomni_kernels.__all__)
+
+
+def test_the_example_of_the_kernels_runs() -> None:
+    (block,) = snippets(KERNELS, "python")
+    values: dict[str, object] = {}
+    exec(compile(block, "kernels/README.md", "exec"), values)
+    hidden, layout = values["hidden"], values["layout"]
+    assert isinstance(layout, fastomni_kernels.GroupLayout)
+    assert (layout.num_rows, layout.num_completion_tokens) == (21, 13)  # as its comment says
+    # The second prompt's completions are equally good: they teach nothing.
+    gradient = hidden.grad.norm(dim=1)  # type: ignore[attr-defined]
+    assert gradient[:11].max() > 0
+    assert gradient[11:].abs().max() == 0

@@ -1,0 +1,201 @@
+"""What a run refuses, when, and in which words; and the folder of a preset."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import av
+import pytest
+import torch
+
+from fastomni.runs import Run
+from fastomni.train import main
+
+Own = Callable[..., list[str]]
+OWN_DATA = ("data.demo_dir=null", "data.demo_scale=1.0")
+
+
+@pytest.fixture
+def own_set(toy_demo: Path, toy_config: Path, tmp_path: Path, reproducible: None) -> Own:
+    """A function (change of the rows) -> arguments that train on a set with those rows."""
+
+    def make(change: Callable[[list[dict[str, Any]]], None], *overrides: str) -> list[str]:
+        folder = tmp_path / "set"
+        for name in ("explained", "rlvr"):
+            lines = (toy_demo / f"few_{name}.jsonl").read_text().splitlines()
+            rows = [json.loads(line) for line in lines]
+            for row in rows:
+                (folder / row["video"]).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(toy_demo / row["video"], folder / row["video"])
+            change(rows)
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            (folder / f"few_{name}.jsonl").write_text(text)
+        out = [f"output_dir={tmp_path / 'run'}", f"data.root={folder}", *OWN_DATA]
+        return [str(toy_config), *out, "base=null", "evaluate=null", *overrides]
+
+    return make
+
+
+def no_change(rows: list[dict[str, Any]]) -> None:
+    """Leaves the rows as they are."""
+
+
+def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a refused command prints."""
+    capsys.readouterr()
+    assert main(arguments) == 1
+    output = capsys.readouterr()
+    assert output.err.startswith("error: ") and "Traceback" not in output.err
+    return output.err
+
+
+def test_a_set_of_ones_own_trains(own_set: Own, tmp_path: Path) -> None:
+    assert main(own_set(no_change, "rlvr=null")) == 0
+    assert (tmp_path / "run" / "coldstart" / "model" / "stage.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["coldstart.manifest=none.jsonl", "rlvr.manifest=none.jsonl"],
+)
+def test_a_missing_manifest_is_refused_before_any_stage(
+    override: str, own_set: Own, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refusal(own_set(no_change, override), capsys)
+    assert f"manifest {tmp_path / 'set' / 'none.jsonl'} does not exist; manifests are rel" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_test_set_is_refused_before_any_stage(
+    own_set: Own, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = own_set(no_change)
+    arguments.remove("evaluate=null")
+    said = refusal([*arguments, "evaluate.manifests=[none.jsonl]"], capsys)
+    assert "none.jsonl: cannot be read" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_label_that_no_reward_can_match_is_refused_at_the_start(
+    own_set: Own, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def spoil(rows: list[dict[str, Any]]) -> None:
+        rows[3]["label"] = "<b>"
+
+    said = refusal(own_set(spoil, "rlvr.rewards=[accuracy, format]"), capsys)
+    assert "few_rlvr.jsonl: row 3: label '<b>' holds '<'" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_rows_without_a_response_are_refused_at_the_start(
+    own_set: Own, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refusal(own_set(lambda rows: rows[2].update(response=None)), capsys)
+    assert "few_explained.jsonl: 1 rows have no response to learn, first explained-0" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reward_that_does_not_exist_is_refused_at_the_start(
+    own_set: Own, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refusal(own_set(no_change, "rlvr.rewards=[acuracy]"), capsys)
+    assert "there is no reward named acuracy; did you mean" in said
+    assert not (tmp_path / "run").exists()
+
+
+def remove_sound(path: Path) -> None:
+    silent = path.with_name("silent.mp4")
+    with av.open(str(path)) as source, av.open(str(silent), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                target.mux(packet)
+    silent.replace(path)
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [("missing", "no such file"), ("silent", "no audio stream"), ("damaged", "")],
+)
+def test_an_unreadable_clip_is_named_or_skipped(
+    fault: str, reason: str, own_set: Own, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = own_set(no_change, "rlvr=null", "coldstart.batch_size=8")
+    folder = tmp_path / "set"
+    rows = [json.loads(line) for line in (folder / "few_explained.jsonl").read_text().splitlines()]
+    row = next(row for row in rows if row["video"].endswith(".mp4"))
+    clip = folder / row["video"]
+    if fault == "missing":
+        clip.unlink()
+    elif fault == "silent":
+        remove_sound(clip)
+    else:
+        clip.write_bytes(clip.read_bytes()[:200])
+    said = refusal(arguments, capsys)
+    assert f"row '{row['id']}'" in said and str(clip) in said and reason in said.lower()
+    for cached in ("data.feature_cache=null", f"data.feature_cache={tmp_path / 'features'}") * 2:
+        shutil.rmtree(tmp_path / "run")
+        assert main([*arguments, "data.on_error=skip", cached]) == 0
+        output = capsys.readouterr().out
+        assert f"coldstart: row '{row['id']}' was skipped: " in output
+        assert output.count("was skipped") == 1
+
+
+def test_a_step_without_any_readable_clip_ends_the_run(
+    own_set: Own, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = own_set(no_change, "rlvr=null", "coldstart.batch_size=1", "data.on_error=skip")
+    first = json.loads((tmp_path / "set" / "few_explained.jsonl").read_text().splitlines()[0])
+    (tmp_path / "set" / first["video"]).unlink()
+    said = refusal(arguments, capsys)
+    assert "none of its clips could be read" in said and first["id"] in said
+
+
+def test_a_model_that_is_nowhere_is_refused(
+    own_set: Own, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refusal(own_set(no_change, "model.path=/none/here"), capsys)
+    assert "/none/here is neither a directory nor a hub id" in said
+
+
+def test_a_device_that_is_not_there_is_refused(
+    own_set: Own, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "device=cuda, but this torch" in refusal(own_set(no_change, "device=cuda"), capsys)
+
+
+def test_an_output_folder_that_is_a_file_is_refused(
+    own_set: Own, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = own_set(no_change)
+    (tmp_path / "run").write_text("")
+    assert str(tmp_path / "run") in refusal(arguments, capsys)
+
+
+def test_a_preset_is_built_anew_where_seed_or_texts_differ(
+    load_toy: Callable[..., Any], tmp_path: Path, reproducible: None
+) -> None:
+    def weights(*overrides: str) -> bytes:
+        Run(load_toy(tmp_path, *overrides)).load()
+        return (tmp_path / "init" / "model.safetensors").read_bytes()
+
+    first = weights()
+    stamp = (tmp_path / "init" / "model.safetensors").stat().st_mtime_ns
+    assert weights() == first
+    assert (tmp_path / "init" / "model.safetensors").stat().st_mtime_ns == stamp
+    vocabulary = (tmp_path / "init" / "bert" / "vocab.txt").read_text()
+    text = (tmp_path / "init" / "tokenizer.json").read_bytes()
+    assert weights("seed=1") != first
+    assert weights() == first
+    # Tokenizers count too: an order taken from a hash table would differ from run to run.
+    assert (tmp_path / "init" / "bert" / "vocab.txt").read_text() == vocabulary
+    assert (tmp_path / "init" / "tokenizer.json").read_bytes() == text
+    weights("prompt.question=Quokka?")
+    assert "quokka" in (tmp_path / "init" / "bert" / "vocab.txt").read_text().split("\n")
+    assert "quokka" not in vocabulary.split("\n")
