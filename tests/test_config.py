@@ -226,7 +226,7 @@ REFUSED_FILES = [
     ("", "must hold `key: value` lines, found null"),
     ("- a", "must hold `key: value` lines, found a list"),
     ("seed: 1\nseed: 2", "the key seed is given twice; keep one (line 2, column 1)"),
-    ("1: 2", "1: unknown key; the keys here are output_dir, seed, device, threads, model, prompt, data, base, coldstart, rlvr, evaluate"),
+    ("1: 2", "1: unknown key; the keys here are output_dir, seed, device, threads, model, prompt, data, pretrain, base, coldstart, rlvr, evaluate"),
     ("rlvr.beta: 0.1", "rlvr.beta: a dotted key; in a file each part is a section of its own"),
     ("seed: 3", "nothing to train; give pretrain, base, coldstart or rlvr a section"),
     ("model: {path: ''}", "model.path='' is empty; give it a text or leave the key out"),

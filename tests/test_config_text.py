@@ -75,7 +75,7 @@ def sections() -> list[type]:
     from fastomni import config as module
 
     found = [getattr(module, name) for name in module.__all__ if name.endswith("Config")]
-    assert len(found) == 9
+    assert len(found) == 10
     return found
 
 
@@ -96,5 +96,5 @@ def test_help_lists_every_key_once_or_where_it_stands() -> None:
         in lines
     )
     listed = {line.split("  (")[0] for line in lines if not line.startswith(" ")}
-    repeated = ("coldstart.", "rlvr.optimizer.")
+    repeated = ("coldstart.", "base.optimizer.", "rlvr.optimizer.")
     assert listed == {key for key in all_keys(Config) if not key.startswith(repeated)}
