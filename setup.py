@@ -17,5 +17,9 @@ setup(
         "fastomni_kernels",
     ],
     package_dir={"fastomni": "fastomni", "fastomni_kernels": "kernels/fastomni_kernels"},
-    package_data={"fastomni": ["py.typed"], "fastomni_kernels": ["py.typed"]},
+    package_data={
+        "fastomni": ["py.typed"],
+        "fastomni.model": ["tiny_base/*", "tiny_base/*/*"],
+        "fastomni_kernels": ["py.typed"],
+    },
 )

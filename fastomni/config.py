@@ -72,7 +72,7 @@ class ModelConfig:
     """Which model, and how a clip is shaped for it."""
 
     path: str = "tiny"
-    """Preset with random weights (tiny, 0.5b), a checkpoint's directory, or a hub id."""
+    """Preset with random weights (tiny), a checkpoint's directory, or a hub id."""
     num_frames: int | None = None
     """Frames taken from a clip; null: as many as the checkpoint was made for."""
     aspect: Literal["pad", "squash"] = "pad"
@@ -90,7 +90,7 @@ class PromptConfig:
     system: str = "You are a helpful assistant."
     """System turn (released)."""
     question: str = RELEASED_QUESTION
-    """Asked of every clip whose manifest row brings no question of its own (released)."""
+    """Asked of every clip, but in a stage with use_row_question (released)."""
     think_instruction: str = RELEASED_THINK_INSTRUCTION
     """Follows the question; asks for the tags that the rewards read (released)."""
     separator: str = "\n"
@@ -115,12 +115,15 @@ class DataConfig:
     """Folder of the embedded demo set, drawn there if absent; manifests are relative to it."""
     demo_scale: float = 1.0
     """Share of the demo set's clips to draw."""
+    demo_sets: Literal["all", "base", "emotions"] = "all"
+    """Which of them: base has the captioned clips for a base model, emotions all others."""
     root: str | None = None
     """Folder of a set of your own, in place of demo_dir; manifests are relative to it."""
     modal: Literal["video_audio", "video", "audio"] = "video_audio"
     """What the model is shown of a clip."""
     workers: int = 2
-    """Processes that decode clips beside the step; 0 decodes inside it."""
+    """Processes that decode clips beside the step; 0 decodes inside it. As many processes draw the
+    demo set."""
     on_error: Literal["raise", "skip"] = "raise"
     """An unreadable clip ends the run, or is skipped and counted."""
     cache_mib: int = 1024
@@ -170,7 +173,7 @@ class Config:
     rlvr: GrpoConfig | None = None
     """Reinforcement learning from verifiable rewards; null: the stage is not run."""
     evaluate: EvaluateConfig | None = None
-    """Measures after each stage; null: not measured."""
+    """Measures after the cold start and after RLVR; null: not measured."""
 
     def __post_init__(self) -> None:
         check_text("output_dir", self.output_dir)

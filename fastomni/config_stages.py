@@ -127,7 +127,8 @@ class SftConfig:
     """Parts of the model that train: vision_tower, audio_tower, bert, gate, projector,
     audio_projector, decoder, embeddings; all others are frozen and in eval mode."""
     use_row_question: bool = False
-    """Ask each row's own question, as it stands, in place of the prompt section's."""
+    """Ask each row's own question as it stands, without think_instruction; a row that brings none
+    is asked prompt.question."""
     checkpoint_every: int = 50
     """Optimiser steps between checkpoints."""
     log_every: int = 1
@@ -201,7 +202,7 @@ class GrpoConfig:
     log_every: int = 1
     """Optimiser steps between lines of the log."""
     max_steps: int | None = None
-    """Stop after this many optimiser steps; null: after the epochs."""
+    """End after this many optimiser steps, the schedule too; null: after the epochs."""
 
     def __post_init__(self) -> None:
         check_text("manifest", self.manifest)
@@ -223,7 +224,7 @@ class GrpoConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Greedy answers on labelled sets, before and after each stage."""
+    """Greedy answers on labelled sets, after the cold start and after RLVR."""
 
     manifests: list[str]
     """Test sets."""
@@ -232,7 +233,7 @@ class EvaluateConfig:
     max_new_tokens: int
     """Longest answer, in tokens."""
     swap_voice: bool = True
-    """Also measure with another clip's voice put in: what the model takes from hearing."""
+    """Also measure with another clip's voice put in, on sets whose rows name a kind."""
     limit: int | None = None
     """Clips of each set to use, from its start; null: all."""
 

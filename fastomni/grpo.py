@@ -55,13 +55,15 @@ def train(
         engine.steps_done, engine.total_steps, settings.prompts_per_step, seed
     ):
         with report.phase("rollout"):
-            embeddings, lengths = policy.encode(prompts)  # [sum P, H], under grad
+            with torch.set_grad_enabled(settings.sharing != "released"):  # which encodes again
+                embeddings, lengths = policy.encode(prompts)  # [sum P, H]
             seeds = sequence_seeds(seed, step, [row.id for row in rows], sampling.num_generations)
             rollout = generate(policy, embeddings.detach(), lengths, sampling, seeds)
         with report.phase("score"):
             texts = [source.tokenizer.decode(ids) for ids in rollout.completions()]
             scores = score(rewards, settings.reward_weights, texts, [row.label for row in rows])
             advantages, no_spread = group_advantages(scores["reward"], settings.advantage_eps)
+            advantages = advantages.to(policy.device)
         with report.phase("reference"):
             reference_logps = None
             if reference is not None:

@@ -55,7 +55,7 @@ def train(
             ).to(model.device)
             scores = word_scores(model, prompts, torch.tensor(words, device=model.device))
             loss = F.binary_cross_entropy_with_logits(scores, present)
-            engine.backward(loss * len(words))
+            engine.backward(loss)
             learning_rate = engine.learning_rate
             grad_norm = engine.step()
         metrics = {
@@ -88,9 +88,9 @@ def word_scores(model: OmniModel, prompts: PromptBatch, words: Tensor) -> Tensor
         words: [W] token ids.
     """
     weight = model.decoder.head_weight[words]  # [W, H]
-    scores = [
-        F.linear(model.decoder.norm(tokens), weight).mean(dim=1)
+    means = [
+        model.decoder.norm(tokens).mean(dim=1)
         for tokens in model.modal_tokens(prompts)
         if tokens is not None
     ]
-    return LOGIT_SCALE * torch.stack(scores).sum(dim=0)
+    return LOGIT_SCALE * F.linear(torch.stack(means).sum(dim=0), weight)

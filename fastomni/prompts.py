@@ -14,7 +14,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,9 @@ class PromptSource:
         data: workers, error policy, cache sizes, modalities.
         own_questions: ask each row's question.
         use_features: run the towers here and cache their output; else batches carry pixels.
+
+    Attributes:
+        phase: times a named part of a step; the owner of a report puts its own here.
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class PromptSource:
         self._template, self._question = template, question
         self._own_questions = own_questions
         self._preprocessing = preprocessing
+        self.phase: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext()
         self._loader = ClipLoader(
             self.rows,
             preprocessing,
@@ -174,8 +179,9 @@ class PromptSource:
 
     def _stack(self, tensors: Sequence[Tensor | None]) -> Tensor | None:
         """[B, ...] on the model's device, or None where the clips were loaded without."""
-        present = [tensor for tensor in tensors if tensor is not None]
-        return torch.stack(present).to(self.model.device) if present else None
+        # Cached features lie in host memory, new ones where the towers are.
+        present = [tensor.to(self.model.device) for tensor in tensors if tensor is not None]
+        return torch.stack(present) if present else None
 
     def _features(
         self,
@@ -186,7 +192,7 @@ class PromptSource:
         """Tower features of the rows: those found, and computed for those just decoded."""
         assert self._cache is not None
         for name, clip in clips.items():
-            with torch.no_grad():
+            with self.phase("features"), torch.no_grad():
                 made = self.model.encode_towers(self._pixels([clip]), self._stack([clip.mel]))
             named = {"vision": made.vision, "audio": made.audio}
             found[name] = {k: v[0].contiguous() for k, v in named.items() if v is not None}

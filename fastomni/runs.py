@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastomni.config import Config, GrpoConfig, PretrainConfig, SftConfig
-from fastomni.data.demo import ensure_demo
+from fastomni.data.demo import ROWS_AT_ONCE, ensure_demo
 from fastomni.data.demo_text import demo_texts
 from fastomni.data.manifest import ManifestRow, read_manifest
-from fastomni.data.preprocess import Preprocessing
 from fastomni.engine import Stage
+from fastomni.inference_settings import InferenceSettings, choose_device, prompt_source
 from fastomni.model.checkpoint import resolve, write_directory, write_model
-from fastomni.model.config import CheckpointError, read_json, tower_folder, write_json
+from fastomni.model.config import read_json, write_json
 from fastomni.model.omni import OmniModel
 from fastomni.model.presets import PRESETS, build
 from fastomni.model.prompt import PromptTemplate
@@ -47,13 +49,12 @@ class Run:
         # Sums with atomic adds would make two equal runs differ in the last bit.
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
-        if cuda and not torch.cuda.is_available():
+        self.device = choose_device(config.device)
+        if config.model.path == "0.5b":
             raise ValueError(
-                "device=cuda, but this torch sees no GPU; use device=cpu, or install a torch "
-                "build for the GPU and its driver"
+                "model.path=0.5b has random weights and no tokenizer, so no run can start from it; "
+                "use tiny, or the directory or hub id of a checkpoint of that size"
             )
-        self.device = torch.device("cuda" if cuda else "cpu")
         # The preset's own folder is made when it is first loaded.
         self._preset = config.model.path in PRESETS
         self._initial = self.directory / "init" if self._preset else resolve(config.model.path)
@@ -86,31 +87,9 @@ class Run:
         )
         return [(name, settings) for name, settings in named if settings is not None]
 
-    def last_finished(self) -> str:
-        """Goes to the last stage that is done and returns its name.
-
-        Raises:
-            ValueError: none is done.
-        """
-        finished = ""
-        for name, settings in self.stages():
-            stage = self.stage(name, settings)
-            if not stage.done:
-                break
-            finished, self.model_directory = name, stage.model_directory
-        if not finished:
-            raise ValueError(
-                f"{self.directory}: no stage is done; train first: "
-                "torchrun -m fastomni.train CONFIG"
-            )
-        return finished
-
     def stage(self, name: str, settings: StageConfig) -> Stage:
         """The folder of a stage, with the fingerprint of all that decides its result."""
-        path = self.config.model.path
-        start: dict[str, Any] = {"model": path}
-        if self._preset:
-            start = {"preset": path, "seed": self.config.seed}
+        start = self._start()
         for earlier, earlier_settings in self.stages():
             if earlier == name:
                 break
@@ -119,6 +98,26 @@ class Run:
         fingerprint = self._fingerprint(name, settings, start)
         return Stage(self.directory / name, fingerprint, settings.checkpoint_every)
 
+    def model_fingerprint(self) -> dict[str, Any]:
+        """All that decides what the model that the next stage starts from would answer."""
+        if self.model_directory == self._initial:
+            return {**self._asked(), "start": self._start()}
+        fingerprint: dict[str, Any] = read_json(self.model_directory / "stage.json")["fingerprint"]
+        return fingerprint
+
+    def _start(self) -> dict[str, Any]:
+        path = self.config.model.path
+        return {"preset": path, "seed": self.config.seed} if self._preset else {"model": path}
+
+    def _asked(self) -> dict[str, Any]:
+        config = self.config
+        return {
+            "prompt": config.to_dict()["prompt"],
+            "modal": config.data.modal,
+            "aspect": config.model.aspect,
+            "num_frames": config.model.num_frames,
+        }
+
     def _fingerprint(
         self, name: str, settings: StageConfig, start: dict[str, Any]
     ) -> dict[str, Any]:
@@ -126,10 +125,7 @@ class Run:
         quiet = ("checkpoint_every", "log_every")
         return {
             "settings": {k: v for k, v in config.to_dict()[name].items() if k not in quiet},
-            "prompt": config.to_dict()["prompt"],
-            "modal": config.data.modal,
-            "aspect": config.model.aspect,
-            "num_frames": config.model.num_frames,
+            **self._asked(),
             "seed": config.seed,
             "manifest": self.manifest_digest(settings.manifest),
             "start": start,
@@ -140,6 +136,9 @@ class Run:
         if self._preset and self.model_directory == self._initial:
             self._build_preset()
         model = OmniModel.from_pretrained(self.model_directory).to(self.device).float()
+        if self.config.model.num_frames is not None:
+            # What the model is trained with is what its checkpoint asks for later.
+            model.config.num_frames = self.config.model.num_frames
         return model, OmniTokenizer.of(model)
 
     def rows(self, manifest: str) -> list[ManifestRow]:
@@ -169,24 +168,44 @@ class Run:
         use_features: bool = True,
     ) -> PromptSource:
         """Prompts of `rows` for `model`, as the configuration words them."""
-        prompt, data = self.config.prompt, self.config.data
-        template = PromptTemplate(
-            system=prompt.system,
-            instruction="" if own_questions else prompt.think_instruction,
-            separator=prompt.separator,
-            video_placeholder=prompt.video_placeholder,
-            modal=data.modal,
-        )
-        return PromptSource(
+        settings = self._inference_settings(model)
+        return prompt_source(
             model,
             tokenizer,
             rows,
-            template,
-            prompt.question,
-            self._preprocessing(model),
-            data,
+            self.model_directory,
+            settings,
+            self.config.data,
             own_questions,
             use_features,
+        )
+
+    def _inference_settings(
+        self, model: OmniModel, asked: list[ManifestRow] | None = None
+    ) -> InferenceSettings:
+        """How a model of this run is asked.
+
+        Args:
+            model: says how many frames it takes.
+            asked: rows of a stage that learned their own questions: their commonest one, as it
+                stands, is what its checkpoint knows.
+        """
+        config, prompt = self.config, self.config.prompt
+        if asked is not None:
+            counts = Counter(row.question or prompt.question for row in asked)
+            question = counts.most_common(1)[0][0]
+            prompt = dataclasses.replace(prompt, question=question, think_instruction="")
+        limits = {}
+        if config.evaluate is not None:
+            limits["max_new_tokens"] = config.evaluate.max_new_tokens
+        elif config.rlvr is not None:
+            limits["max_new_tokens"] = config.rlvr.rollout.max_new_tokens
+        return InferenceSettings(
+            prompt=prompt,
+            modal=config.data.modal,
+            aspect=config.model.aspect,
+            num_frames=config.model.num_frames or model.config.num_frames,
+            **limits,
         )
 
     def open(self, name: str, settings: StageConfig) -> tuple[OmniModel, PromptSource, StageReport]:
@@ -200,8 +219,12 @@ class Run:
         if {"vision_tower", "audio_tower"} & set(settings.trainable):
             use_features = False
         model, tokenizer = self.load()
+        self._inference_settings(model, rows if own_questions else None).attach(model)
         source = self.source(model, tokenizer, rows, own_questions, use_features)
         report = StageReport(self.directory / name, name, settings.log_every)
+        source.phase = report.phase
+        if self.config.data.on_error == "skip":
+            report.count_skipped = lambda: len(source.skipped)
         return model, source, report
 
     def _checked_rows(self, settings: StageConfig) -> list[ManifestRow]:
@@ -220,24 +243,6 @@ class Run:
             )
         return rows
 
-    def _preprocessing(self, model: OmniModel) -> Preprocessing:
-        folders = {
-            name: tower_folder(self.model_directory, name, model.config.released)
-            for name in ("vision", "audio")
-        }
-        for name, folder in folders.items():
-            if folder is None:
-                raise CheckpointError(
-                    f"{self.model_directory} has no folder with the {name} tower's config.json and "
-                    "preprocessor_config.json (siglip/, whisper/); copy it there"
-                )
-        return Preprocessing.from_tower_dirs(
-            folders["vision"] or "",
-            folders["audio"] or "",
-            self.config.model.num_frames or model.config.num_frames,
-            self.config.model.aspect,
-        )
-
     def _data_root(self) -> Path:
         data = self.config.data
         if data.root is not None:
@@ -245,7 +250,9 @@ class Run:
         return ensure_demo(
             Path(data.demo_dir or "data/demo").expanduser(),
             scale=data.demo_scale,
+            sets=data.demo_sets,
             workers=max(1, data.workers),
+            progress=_say_drawn,
         )
 
     def _build_preset(self) -> None:
@@ -267,6 +274,13 @@ class Run:
             write_json(staging / "preset.json", record)
 
         write_directory(self._initial, write)
+
+
+def _say_drawn(made: int, total: int) -> None:
+    """Says now and then how far the demo set is, so that the wait has a name."""
+    tenth = max(1, total // 10)
+    if made == total or made % tenth < min(tenth, ROWS_AT_ONCE):
+        print(f"drawing the demo set: {made}/{total} clips", flush=True)
 
 
 def _short_digest(content: bytes) -> str:

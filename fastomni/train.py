@@ -4,15 +4,17 @@
 
 Runs the configured stages in order: pretrain (new towers learn words), base (a new model learns to
 describe), cold start (it learns to explain and answer), RLVR (it learns from labels alone), with an
-evaluation after the last two. A stage that is done is skipped; one that was cut off goes on at its
-last checkpoint.
+evaluation before the first and after each of the last two. A stage that is done is skipped; one
+that was cut off goes on at its last checkpoint.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastomni.config import Config, ConfigError, describe, load_config
@@ -34,19 +36,27 @@ def run(run: Run) -> None:
         "coldstart": sft.train,
         "rlvr": grpo.train,
     }
+    measured_before = False
     for name, settings in run.stages():
+        answers = name in ("coldstart", "rlvr")
+        if config.evaluate is not None and answers and not measured_before:
+            # The model this begins with seldom answers at all: whose voice it hears says nothing.
+            before = dataclasses.replace(config.evaluate, swap_voice=False)
+            evaluate.measure(run, "base", before)
+            measured_before = True
         stage = run.stage(name, settings)
         if stage.done:
             print(f"{name}: done before, in {stage.model_directory}", flush=True)
         else:
             model, source, report = run.open(name, settings)
-            trainers[name](model, source, settings, stage, report, config.seed)
-            stage.finish(model)
-            report.close()
+            stage.phase = report.phase
+            with report:
+                trainers[name](model, source, settings, stage, report, config.seed)
+                stage.finish(model)
             for row, reason in source.skipped.items():
                 print(f"{name}: row {row!r} was skipped: {reason}", flush=True)
         run.model_directory = stage.model_directory
-        if config.evaluate is not None and name in ("coldstart", "rlvr"):
+        if config.evaluate is not None and answers:
             evaluate.measure(run, name, config.evaluate)
     write_summary(run.directory)
 
@@ -82,12 +92,24 @@ def _run(config: Config) -> int:
         return 1
     except KeyboardInterrupt:
         print(
-            f"interrupted; {config.output_dir} keeps the last checkpoint, and the same command "
-            "goes on from it",
+            f"interrupted; {_kept(Path(config.output_dir).expanduser())}",
             file=sys.stderr,
         )
         return 130
     return 0
+
+
+def _kept(directory: Path) -> str:
+    """What an interrupted run has left, and what the same command does next."""
+    if any(directory.glob("*/checkpoints/step-*")):
+        return f"{directory} keeps the last checkpoint, and the same command goes on from it"
+    done = [path.parts[-3] for path in directory.glob("*/model/stage.json")]
+    if done:
+        return (
+            f"{directory} keeps what is done ({', '.join(sorted(done))}), and the same command "
+            "goes on after it"
+        )
+    return "no checkpoint was written yet; the same command begins anew"
 
 
 if __name__ == "__main__":

@@ -190,13 +190,17 @@ def finished_toy(
     return folder
 
 
+# What a step measures of the machine, and not of the training.
+MEASURED = ("seconds/", "tokens_per_second", "peak_memory_gib")
+
+
 def _without_times(line: str) -> dict[str, float]:
-    return {k: v for k, v in json.loads(line).items() if not k.startswith("seconds/")}
+    return {k: v for k, v in json.loads(line).items() if not k.startswith(MEASURED)}
 
 
 @pytest.fixture(scope="session")
 def metrics_of() -> Callable[[Path], list[dict[str, float]]]:
-    """A function that gives a stage folder's metrics, one dictionary a step, without times."""
+    """A function that gives a stage folder's metrics, one dictionary a step, times left out."""
 
     def read(stage: Path) -> list[dict[str, float]]:
         lines = (stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

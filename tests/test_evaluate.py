@@ -20,6 +20,7 @@ from fastomni.data.manifest import ManifestRow
 from fastomni.evaluate import answer, evaluate_rows, main, measure, voice_donors
 from fastomni.model.omni import OmniModel, PromptBatch
 from fastomni.prompts import PromptSource
+from fastomni.report.summary import in_percent
 from fastomni.runs import Run
 
 SETTINGS = EvaluateConfig(manifests=["dfew_test.jsonl"], batch_size=4, max_new_tokens=3)
@@ -33,7 +34,7 @@ def toy_copy(finished_toy: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def finished(load_toy: Callable[..., Any], toy_copy: Path, reproducible: None) -> Run:
     run = Run(load_toy(toy_copy))
-    assert run.last_finished() == "rlvr"
+    run.model_directory = toy_copy / "rlvr" / "model"
     return run
 
 
@@ -152,7 +153,7 @@ def test_unreadable_clips_are_left_out_and_lend_no_voice(
     for row in gone:
         (folder / row["video"]).unlink()
     run = Run(load_toy(toy_copy, "data.on_error=skip"))
-    run.last_finished()
+    run.model_directory = toy_copy / "rlvr" / "model"
     run.data_root = folder
     model, tokenizer = run.load()
     source = run.source(model, tokenizer, run.rows("test.jsonl"))
@@ -199,39 +200,110 @@ def test_results_are_kept_until_something_they_depend_on_changes(
     assert kept["dfew_test"]["clips"] == 14
 
 
-def test_the_command_measures_the_last_stage_that_is_done(
-    toy_config: Path,
+def test_the_model_a_run_starts_from_is_measured_under_its_own_name(
+    load_toy: Callable[..., Any], toy_copy: Path, reproducible: None
+) -> None:
+    path = toy_copy / "base" / "evaluation" / "results.json"
+    found = json.loads(path.read_text())
+    assert found["fingerprint"]["start"] == {"preset": "tiny", "seed": 0}
+    assert found["settings"]["swap_voice"] is False and "by_kind" not in found["results"]
+    assert found["seconds"] > 0
+    # A run without a base stage measures the checkpoint that it was given.
+    given = toy_copy / "base" / "model"
+    config = load_toy(toy_copy.parent / "other", f"model.path={given}", "base=null")
+    assert config.evaluate is not None
+    run = Run(config)
+    measure(run, "base", config.evaluate)
+    other = json.loads((run.directory / "base" / "evaluation" / "results.json").read_text())
+    assert other["fingerprint"]["start"] == {"model": str(given)}
+    wanted = dict(found["results"]["dfew_test"])
+    assert {key: other["results"]["dfew_test"][key] for key in wanted} == wanted
+    # The words it is asked with are part of what decides its answers.
+    asked = Run(load_toy(toy_copy.parent / "other", f"model.path={given}", "prompt.question=Who?"))
+    assert asked.model_fingerprint() != run.model_fingerprint()
+
+
+def test_the_command_gives_what_the_run_measured(
+    toy_demo: Path, toy_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = json.loads((toy_copy / "rlvr" / "evaluation" / "results.json").read_text())
+    before = sorted(path for path in toy_copy.rglob("*"))
+    test_set, report = str(toy_demo / "dfew_test.jsonl"), tmp_path / "report.json"
+    model = str(toy_copy / "rlvr" / "model")
+    assert main([model, test_set, "--swap-voice", "--json", str(report)]) == 0
+    said = capsys.readouterr()
+    assert "dfew_test: 14 clips; percent\nWAR " in said.out and said.err == ""
+    for word in ("UAR", "format", "recall", "surprise", "with another voice"):
+        assert word in said.out
+    written = json.loads(report.read_text())
+    assert written == {
+        "checkpoint": model,
+        "manifest": test_set,
+        **in_percent(results["results"]["dfew_test"]),
+    }
+    assert sorted(path for path in toy_copy.rglob("*")) == before
+    assert main([model, test_set, "--limit", "3", "--batch-size", "2"]) == 0
+    said = capsys.readouterr()
+    assert "dfew_test: 3 clips" in said.out and "with another voice" not in said.out
+
+
+def test_the_limits_of_the_command_reach_the_model(
+    toy_demo: Path, toy_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[EvaluateConfig, int, str, str]] = []
+
+    def watch(model: Any, source: PromptSource, settings: EvaluateConfig, title: str) -> Any:
+        seen.append((settings, len(source.rows), source._question, title))
+        raise ValueError("seen")
+
+    monkeypatch.setattr(evaluate, "evaluate_rows", watch)
+    words = [str(toy_copy / "rlvr" / "model"), str(toy_demo / "dfew_test.jsonl")]
+    assert main([*words, "--max-new-tokens", "7", "--batch-size", "5", "--limit", "6"]) == 1
+    assert main(words) == 1
+    ((first, rows, question, title), (second, all_rows, _, _)) = seen
+    assert (first.max_new_tokens, first.batch_size, rows) == (7, 5, 6)
+    assert (question, title) == ("Which emotion is the most obvious in this clip?", "dfew_test")
+    assert (second.max_new_tokens, second.swap_voice, all_rows) == (4, False, 14)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nowhere", "SET"], "nowhere is neither a directory nor a hub id"),
+        (["tiny", "SET"], "tiny is a preset with random weights"),
+        (["MODEL", "none.jsonl"], "none.jsonl: cannot be read"),
+        (["MODEL", "SET", "--limit", "0"], "limit=0 is too small"),
+        (["MODEL", "PLAIN", "--swap-voice"], "no row of"),
+        (["DEAF", "SET", "--swap-voice"], "is asked with modal video"),
+    ],
+)
+def test_the_command_says_what_is_missing(
+    words: list[str],
+    said: str,
+    toy_demo: Path,
     toy_copy: Path,
-    reproducible: None,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    config = (toy_copy / "config.yaml").read_text()
-    arguments = [str(toy_config), f"output_dir={toy_copy}", "evaluate.max_new_tokens=2"]
-    assert main(arguments) == 0
-    printed = capsys.readouterr().out
-    assert "rlvr on dfew_test: WAR " in printed and "recall  angry " in printed
-    answers = (toy_copy / "rlvr" / "evaluation" / "dfew_test.jsonl").read_text().splitlines()
-    assert len(answers) == 14
-    shutil.rmtree(toy_copy / "rlvr")
-    assert main(arguments) == 0
-    assert "coldstart on dfew_test: WAR " in capsys.readouterr().out
-    assert (toy_copy / "config.yaml").read_text() == config
-
-
-def test_the_command_says_what_is_missing(
-    toy_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main([str(toy_config), f"output_dir={tmp_path / 'none'}"]) == 1
-    assert "no stage is done; train first: torchrun -m" in capsys.readouterr().err
-    assert not (tmp_path / "none").exists()
-    assert main([str(toy_config), "evaluate=null"]) == 2
-    assert "evaluate is null" in capsys.readouterr().err
+    rows = [json.loads(line) for line in (toy_demo / "dfew_test.jsonl").read_text().splitlines()]
+    plain = toy_copy / "plain.jsonl"
+    plain.write_text("".join(json.dumps({**row, "kind": None}) + "\n" for row in rows))
+    deaf = Path(shutil.copytree(toy_copy / "rlvr" / "model", toy_copy / "deaf"))
+    settings = json.loads((deaf / "fastomni.json").read_text())
+    (deaf / "fastomni.json").write_text(json.dumps({**settings, "modal": "video"}))
+    places = {
+        "MODEL": toy_copy / "rlvr" / "model",
+        "SET": toy_demo / "dfew_test.jsonl",
+        "PLAIN": plain,
+        "DEAF": deaf,
+    }
+    assert main([str(places.get(word, word)) for word in words]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and said in error and "Traceback" not in error
 
 
 def test_an_interrupted_evaluation_keeps_nothing(
-    toy_config: Path,
+    toy_demo: Path,
     toy_copy: Path,
-    reproducible: None,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -239,8 +311,8 @@ def test_an_interrupted_evaluation_keeps_nothing(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(evaluate, "evaluate_rows", stop)
-    results = (toy_copy / "rlvr" / "evaluation" / "results.json").read_text()
-    arguments = [str(toy_config), f"output_dir={toy_copy}", "evaluate.max_new_tokens=2"]
-    assert main(arguments) == 130
+    report = toy_copy / "report.json"
+    words = [str(toy_copy / "rlvr" / "model"), str(toy_demo / "dfew_test.jsonl")]
+    assert main([*words, "--json", str(report)]) == 130
     assert "interrupted" in capsys.readouterr().err
-    assert (toy_copy / "rlvr" / "evaluation" / "results.json").read_text() == results
+    assert not report.exists()

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the top down; a room may import those in its own row and below, never above.
 ROWS = [
     {"train", "evaluate", "infer", "doctor"},
-    {"grpo", "sft", "pretrain", "runs"},
+    {"grpo", "sft", "pretrain", "runs", "inference_settings"},
     {"rollout", "scoring", "prompts", "rewards", "engine", "report"},
     {"model", "data"},
     {"fastomni_kernels"},
@@ -121,6 +121,7 @@ def test_no_module_is_a_drawer_for_leftovers_or_named_kernels() -> None:
         # A spawned process imports the command's module again: it must not cost seconds there.
         ("fastomni.train", ["torch", "transformers", "fastomni_kernels"]),
         ("fastomni.evaluate", ["torch", "transformers", "fastomni_kernels"]),
+        ("fastomni.infer", ["torch", "transformers", "fastomni_kernels"]),
         ("fastomni_kernels", ["triton.language", "transformers", "fastomni"]),
         ("fastomni_kernels.ops", ["triton.language", "transformers", "fastomni"]),
     ],

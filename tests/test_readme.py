@@ -83,16 +83,26 @@ def check_module(
         assert (folder / arguments[arguments.index("--sheet") + 1]).stat().st_size > 10_000
     elif arguments == ["--help"]:
         assert "rlvr.rollout.num_generations" in run([*command, "--help"], environment, ROOT).stdout
+    elif module in ("fastomni.infer", "fastomni.evaluate"):
+        trained, demo = (request.getfixturevalue(name) for name in ("trained", "toy_demo"))
+        here = [
+            word.replace("runs/demo", str(trained)).replace("data/demo", str(demo))
+            for word in arguments
+        ]
+        said = run([*command, *here], environment, request.getfixturevalue("tmp_path")).stdout
+        if module == "fastomni.evaluate":
+            assert "dfew_test: 14 clips; percent\nWAR " in said
+        elif "--json" in words:
+            assert [set(json.loads(line)) for line in said.splitlines()] == [
+                {"clip", "text", "explanation", "answer"}
+            ] * 2
+        else:
+            assert said.startswith(here[1])
     else:
+        assert module == "fastomni.train"
         config, *overrides = arguments
         load_config(ROOT / config, overrides)
-        if module == "fastomni.evaluate":
-            toy, output = (request.getfixturevalue(name) for name in ("toy_config", "trained"))
-            values = [str(toy), *overrides, f"output_dir={output}"]
-            run([*command, *values], environment, toy.parent)
-        else:
-            assert module == "fastomni.train"
-            assert (request.getfixturevalue("trained") / "summary.json").is_file()
+        assert (request.getfixturevalue("trained") / "summary.json").is_file()
 
 
 @pytest.mark.parametrize("line", COMMANDS)
@@ -115,8 +125,15 @@ def test_a_command_works(
 def test_the_toy_run_leaves_what_the_readme_names(trained: Path) -> None:
     for name in ("summary.json", "summary.md", "curves.png"):
         assert (trained / name).stat().st_size > 100
+    for place in re.findall(r"`STAGE/([\w.]+)/?`", README):
+        stages = [
+            stage for stage in ("base", "coldstart", "rlvr") if (trained / stage / place).exists()
+        ]
+        # A stage under way has checkpoints, and completions are drawn in RLVR alone.
+        wanted = {"checkpoints": [], "completions.jsonl": ["rlvr"]}
+        assert stages == wanted.get(place, ["base", "coldstart", "rlvr"]), place
     summary = json.loads((trained / "summary.json").read_text(encoding="utf-8"))
-    assert list(summary["evaluation"]) == ["cold_start", "rlvr"]
+    assert list(summary["evaluation"]) == ["base", "cold_start", "rlvr"]
     assert list(summary["stages"]) == ["base", "cold_start", "rlvr"]
 
 
@@ -129,7 +146,8 @@ def test_links_and_pictures_exist(page: str) -> None:
 
 
 def test_folders_of_the_table_exist_and_all_are_in_it() -> None:
-    named = set(re.findall(r"^\| `(\w[\w/]*)/` \|", README, re.MULTILINE))
+    table = README.split("## Folders")[1].split("##")[0]
+    named = set(re.findall(r"^\| `(\w[\w/]*)/` \|", table, re.MULTILINE))
     assert len(named) > 5
     for folder in named:
         assert (ROOT / folder).is_dir(), folder
@@ -145,6 +163,8 @@ def test_configurations_are_valid(tmp_path: Path) -> None:
         path.write_text(block, encoding="utf-8")
         config = load_config(path)
         assert config.rlvr is not None and "my_rewards:brevity" in config.rlvr.rewards
+        # It starts from the demo's cold start, which knows the demo's question alone.
+        assert config.prompt == load_config(ROOT / "configs" / "rlvr.yaml").prompt
 
 
 def test_manifests_can_be_read(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ import av
 import pytest
 import torch
 
-from fastomni.runs import Run
+from fastomni.model.omni import OmniModel
+from fastomni.runs import Run, _say_drawn
 from fastomni.train import main
 
 Own = Callable[..., list[str]]
@@ -144,6 +145,10 @@ def test_an_unreadable_clip_is_named_or_skipped(
         output = capsys.readouterr().out
         assert f"coldstart: row '{row['id']}' was skipped: " in output
         assert output.count("was skipped") == 1
+        lines = (tmp_path / "run" / "coldstart" / "metrics.jsonl").read_text().splitlines()
+        assert json.loads(lines[-1])["data/skipped"] == 1
+        summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+        assert summary["stages"]["cold_start"]["skipped"] == 1
 
 
 def test_a_step_without_any_readable_clip_ends_the_run(
@@ -163,6 +168,14 @@ def test_a_model_that_is_nowhere_is_refused(
     assert "/none/here is neither a directory nor a hub id" in said
 
 
+def test_a_preset_without_a_tokenizer_is_refused_before_it_is_built(
+    own_set: Own, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refusal(own_set(no_change, "model.path=0.5b"), capsys)
+    assert "model.path=0.5b has random weights and no tokenizer" in said
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_device_that_is_not_there_is_refused(
     own_set: Own, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,6 +189,24 @@ def test_an_output_folder_that_is_a_file_is_refused(
     arguments = own_set(no_change)
     (tmp_path / "run").write_text("")
     assert str(tmp_path / "run") in refusal(arguments, capsys)
+
+
+def test_the_frames_of_a_run_are_those_of_its_checkpoints(
+    load_toy: Callable[..., Any], finished_toy: Path, tmp_path: Path, reproducible: None
+) -> None:
+    model, _ = Run(load_toy(tmp_path / "own", "model.num_frames=2")).load()
+    model.save_pretrained(tmp_path / "saved")
+    assert OmniModel.from_pretrained(tmp_path / "saved").config.num_frames == 2
+    assert OmniModel.from_pretrained(finished_toy / "init").config.num_frames == 4
+
+
+def test_drawing_the_demo_set_says_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    for made in range(16, 4350, 16):
+        _say_drawn(made, 4350)
+    _say_drawn(4350, 4350)
+    said = capsys.readouterr().out.splitlines()
+    assert 10 <= len(said) <= 12
+    assert said[-1] == "drawing the demo set: 4350/4350 clips"
 
 
 def test_a_preset_is_built_anew_where_seed_or_texts_differ(

@@ -28,11 +28,15 @@ RLVR_METRICS = {
     "rollout_logprob_gap",
     "reward",
     "reward_std",
-    "rewards/toy_rewards:spread",
-    "rewards/format",
+    "rewards/toy_rewards:spread/mean",
+    "rewards/toy_rewards:spread/std",
+    "rewards/format/mean",
+    "rewards/format/std",
     "frac_reward_zero_std",
     "completions/mean_length",
+    "completions/min_length",
     "completions/max_length",
+    "completions/tokens",
     "completions/clipped_ratio",
 }
 
@@ -53,7 +57,9 @@ def test_a_run_leaves_models_metrics_and_evaluations(
         metrics = metrics_of(folder)
         assert [line["step"] for line in metrics] == [*range(1, steps + 1)]
         assert metrics[0].keys() == STEP_METRICS | (RLVR_METRICS if stage == "rlvr" else set())
-        assert (folder / "evaluation" / "results.json").exists() == (stage != "base")
+        assert (folder / "evaluation" / "results.json").is_file()
+        log = (folder / "log.txt").read_text().splitlines()
+        assert [line.split()[1] for line in log] == [f"{n + 1}/{steps}" for n in range(steps)]
     samples = (finished_toy / "rlvr" / "completions.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in samples] == [1, 2, 3]
     assert len(json.loads(samples[0])["completions"]) == 3
@@ -84,7 +90,7 @@ def test_a_second_run_skips_what_is_done_and_says_so(
 ) -> None:
     stamps = {p: p.stat().st_mtime_ns for p in toy_copy.glob("*/model/*.safetensors")}
     results = {p: p.stat().st_mtime_ns for p in toy_copy.glob("*/evaluation/results.json")}
-    assert len(stamps) == 3 and len(results) == 2
+    assert len(stamps) == 3 and len(results) == 3
     train_toy(toy_copy)
     said = capsys.readouterr().out
     for stage in ("base", "coldstart", "rlvr"):
@@ -186,6 +192,8 @@ def test_a_command_that_was_stopped_goes_on_bit_for_bit(
     whole = train_toy(tmp_path / "whole", *LONG) / "coldstart"
     assert same_weights(folder / "coldstart" / "model", whole / "model")
     assert metrics_of(folder / "coldstart") == metrics_of(whole)
+    first, second = (whole / "metrics.jsonl").read_text().splitlines()[:2]
+    assert "seconds/checkpoint" not in first and "seconds/checkpoint" in second
 
 
 def test_an_interrupt_ends_the_command_with_a_sentence(
@@ -210,6 +218,50 @@ def test_an_interrupt_ends_the_command_with_a_sentence(
     ]
 
 
+@pytest.mark.parametrize(
+    ("left", "said"),
+    [
+        ([], "interrupted; no checkpoint was written yet; the same command begins anew"),
+        (
+            ["base/model/stage.json", "coldstart/model/stage.json"],
+            "interrupted; FOLDER keeps what is done (base, coldstart), and the same command goes",
+        ),
+        (
+            ["base/model/stage.json", "coldstart/checkpoints/step-000002/state.json"],
+            "interrupted; FOLDER keeps the last checkpoint, and the same command goes on from it",
+        ),
+        (["coldstart/checkpoints/.step-000002.incomplete-7/state.json"], "no checkpoint was"),
+    ],
+)
+def test_an_interrupt_says_what_there_is_to_go_on_from(
+    left: list[str],
+    said: str,
+    toy_config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def stop(run: object) -> None:
+        for name in left:
+            (tmp_path / name).parent.mkdir(parents=True)
+            (tmp_path / name).write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_module, "run", stop)
+    assert train_module.main([str(toy_config), f"output_dir={tmp_path}"]) == 130
+    assert said.replace("FOLDER", str(tmp_path)) in capsys.readouterr().err
+
+
+def test_the_forwards_of_frozen_towers_have_their_own_time(finished_toy: Path) -> None:
+    def parts(stage: str) -> list[set[str]]:
+        lines = (finished_toy / stage / "metrics.jsonl").read_text().splitlines()
+        return [{key for key in json.loads(line) if key.startswith("seconds/")} for line in lines]
+
+    always = {"seconds/step", "seconds/update", "seconds/data"}
+    assert parts("base") == [always] * 2  # its towers train: they run in the update
+    assert parts("coldstart") == [always | {"seconds/features"}] * 3
+
+
 def test_more_than_one_process_is_refused_before_torch_is_loaded(
     toy_config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -232,11 +284,10 @@ def test_a_mistyped_key_ends_the_command_with_the_nearest_name(
     assert "optimiser" in child.stderr and "did you mean rlvr.optimizer?" in child.stderr
 
 
-@pytest.mark.parametrize("module", ["fastomni.train", "fastomni.evaluate"])
-def test_help_needs_no_configuration(module: str, python_environment: dict[str, str]) -> None:
+def test_help_needs_no_configuration(python_environment: dict[str, str]) -> None:
     # Workers that draw the demo set import the main module again: it must stay light.
     code = (
-        f"import sys, {module} as m; status = m.main(['--help']); "
+        "import sys, fastomni.train as m; status = m.main(['--help']); "
         "assert status == 0 and m.main([]) == 2; "
         "assert not {'torch', 'transformers'} & sys.modules.keys()"
     )

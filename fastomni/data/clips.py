@@ -1,8 +1,9 @@
 """Clips ready for the towers, decoded beside the consumer.
 
-The decision that is not obvious: the workers are threads. libav, Pillow and torch let go of the
-interpreter while they work, so threads decode as fast as processes do, share one cache, hand
-tensors over without copying, and end with the generator that started them.
+The decision that is not obvious: threads stand beside the decoding processes. A thread hands the
+clip over, waits, and computes log-mel by torch, which needs the interpreter little; so all that
+follows decoding (cache, order, errors, a clean end with the generator) has one address space.
+Threads that decode themselves gain little: of a small clip much of the work is Python's own.
 
 Pictures stay uint8 until a batch is used (`Preprocessing.normalize`), also in the cache.
 
@@ -11,7 +12,7 @@ Shapes: F frames, S image size; pictures uint8 [F, 3, S, S]; mel float32 [bins, 
 
 import threading
 from collections import Counter, OrderedDict, deque
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,11 @@ from typing import Any, Literal
 
 import torch
 
+from fastomni.data.container import MediaError
+from fastomni.data.decoding import Decoded, DecodeJob, decode
 from fastomni.data.manifest import ManifestRow
-from fastomni.data.media import MediaError, read_frames, read_waveform
 from fastomni.data.preprocess import Preprocessing
+from fastomni.data.workers import decode_in_process
 
 Modal = Literal["video_audio", "video", "audio"]
 MODALS = ("video_audio", "video", "audio")
@@ -76,13 +79,19 @@ class Clip:
         return sum(part.nbytes for part in (self.pictures, self.mel) if part is not None)
 
 
-def load_clip(row: ManifestRow, preprocessing: Preprocessing, modal: Modal = "video_audio") -> Clip:
+def load_clip(
+    row: ManifestRow,
+    preprocessing: Preprocessing,
+    modal: Modal = "video_audio",
+    decoder: Callable[[DecodeJob], Decoded] = decode,
+) -> Clip:
     """Decode one clip.
 
     Args:
         row: the row; the sound is in `row.audio` if that is given, else in the video file.
         preprocessing: what the towers were trained with.
         modal: which of picture and sound are asked for; both must be there then.
+        decoder: does the decoding, in this thread or elsewhere.
 
     Returns:
         The clip.
@@ -91,25 +100,33 @@ def load_clip(row: ManifestRow, preprocessing: Preprocessing, modal: Modal = "vi
         ClipError: the file is missing or damaged, or has no such stream.
     """
     _check_modal(modal)
-    pictures = mel = None
-    path = row.video
+    video = audio = None
+    if modal != "audio":
+        video = row.video
+        if video is None:
+            raise ClipError(row.id, None, f"names no video, which modal {modal!r} asks for")
+    if modal != "video":
+        audio = row.audio or row.video
+        if audio is None:
+            raise ClipError(row.id, None, f"names no sound, which modal {modal!r} asks for")
+    job = DecodeJob(
+        video,
+        audio,
+        num_frames=preprocessing.num_frames,
+        image_size=preprocessing.image_size,
+        pad=preprocessing.aspect == "pad",
+        sampling_rate=preprocessing.sampling_rate,
+        max_samples=preprocessing.window_samples,
+    )
     try:
-        if modal != "audio":
-            if path is None:
-                raise ClipError(row.id, None, f"names no video, which modal {modal!r} asks for")
-            frames, _ = read_frames(path, preprocessing.num_frames)
-            pictures = preprocessing.pictures(frames)
-        if modal != "video":
-            path = row.audio or row.video
-            if path is None:
-                raise ClipError(row.id, None, f"names no sound, which modal {modal!r} asks for")
-            waveform = read_waveform(
-                path, preprocessing.sampling_rate, preprocessing.window_samples
-            )
-            mel = preprocessing.mel(waveform)
+        decoded = decoder(job)
     except MediaError as error:
         raise ClipError(row.id, error.path, error.reason) from error
-    return Clip(row, pictures, mel)
+    return Clip(
+        row,
+        None if decoded.pictures is None else torch.from_numpy(decoded.pictures),
+        None if decoded.waveform is None else preprocessing.mel(decoded.waveform),
+    )
 
 
 class ClipLoader:
@@ -118,7 +135,8 @@ class ClipLoader:
     Args:
         rows: the manifest.
         preprocessing: what the towers were trained with.
-        workers: decoding threads; 0 decodes in the caller's thread, when a batch is asked for.
+        workers: decoding processes, shared with other loaders; 0 decodes in the caller's thread,
+            when a batch is asked for.
         on_error: "raise" stops at the first clip that cannot be used; "skip" leaves it out of
             its batch, notes it in `skipped` and does not try it again.
         cache_mib: decoded clips kept in memory, MiB; the least recently used go first.
@@ -154,7 +172,8 @@ class ClipLoader:
     def batches(self, indices: Iterable[Sequence[int]]) -> Generator[list[Clip], None, None]:
         """Decode these batches.
 
-        The threads end with the iterator: at its end, at an exception, or when it is closed.
+        Decoding ends with the iterator: at its end, at an exception, or when it is closed. The
+        processes wait for the next iterator, except one that does not finish its clip in time.
 
         Args:
             indices: for each batch, the indices of its rows; read as far ahead as is decoded.
@@ -165,20 +184,32 @@ class ClipLoader:
         Raises:
             ClipError: a clip cannot be used, and `on_error` is "raise".
             ClipsError: more than half of the rows tried fail, from twenty rows on; or all do.
+            WorkerStartError: no decoding process can be started.
         """
         if self.workers == 0:
-            yield from (self._finished([self._attempt(i) for i in batch]) for batch in indices)
+            for batch in indices:
+                yield self._finished([self._attempt(index, decode) for index in batch])
         else:
+            stop = threading.Event()
+            free = threading.Semaphore(self.workers)
+
+            def decode_beside(job: DecodeJob) -> Decoded:
+                with free:
+                    return decode_in_process(job, stop)
+
             pool = self._pool()
             waiting: deque[list[Future[Clip | ClipError]]] = deque()
             try:
                 for batch in indices:
-                    waiting.append([pool.submit(self._attempt, i) for i in batch])
+                    waiting.append(
+                        [pool.submit(self._attempt, index, decode_beside) for index in batch]
+                    )
                     if len(waiting) > AHEAD:
                         yield self._finished([future.result() for future in waiting.popleft()])
                 while waiting:
                     yield self._finished([future.result() for future in waiting.popleft()])
             finally:
+                stop.set()
                 pool.shutdown(wait=True, cancel_futures=True)
         if self._seen and len(self.skipped) == len(self._seen):
             raise ClipsError(self._report())
@@ -188,30 +219,32 @@ class ClipLoader:
         self._seen.update(row_ids)
 
     def _pool(self) -> ThreadPoolExecutor:
-        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="clips")
-        # One thread each for torch too: its own team per worker would fight with the trainer's.
-        # The count a thread sets becomes the default of threads started later, so all workers
+        # With no thread more than processes, a process would idle while its thread does log-mel.
+        threads = self.workers + 1
+        pool = ThreadPoolExecutor(threads, thread_name_prefix="clips")
+        # One thread each for torch's log-mel: a team per worker would fight with the trainer's.
+        # The count a thread sets becomes the default of threads started later, so all of them
         # are started here, and the caller's own count is made the default again.
-        started = threading.Barrier(self.workers + 1)
+        started = threading.Barrier(threads + 1)
         try:
-            for _ in range(self.workers):
-                pool.submit(_start_worker, started)
+            for _ in range(threads):
+                pool.submit(_start_thread, started)
             started.wait()
-        except BaseException:  # an interrupt here must not leave the workers waiting for ever
+        except BaseException:  # an interrupt here must not leave the threads waiting for ever
             started.abort()
             pool.shutdown(wait=True, cancel_futures=True)
             raise
         torch.set_num_threads(torch.get_num_threads())
         return pool
 
-    def _attempt(self, index: int) -> Clip | ClipError:
+    def _attempt(self, index: int, decoder: Callable[[DecodeJob], Decoded]) -> Clip | ClipError:
         row = self.rows[index]
         if row.id in self.skipped:
             return ClipError(row.id, None, self.skipped[row.id])
         clip = self._cache.get(index)
         if clip is None:
             try:
-                clip = load_clip(row, self.preprocessing, self.modal)
+                clip = load_clip(row, self.preprocessing, self.modal, decoder)
             except ClipError as error:
                 return error
             self._cache.put(index, clip)
@@ -279,7 +312,7 @@ class _ClipCache:
                 self.held_bytes -= oldest.nbytes
 
 
-def _start_worker(started: threading.Barrier) -> None:
+def _start_thread(started: threading.Barrier) -> None:
     torch.set_num_threads(1)
     started.wait()
 

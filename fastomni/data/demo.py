@@ -30,13 +30,13 @@ import numpy as np
 from fastomni.data.demo_clip import KINDS, ClipPlan, clip_facts, make_clip
 from fastomni.data.demo_text import CAPTION_QUESTION, EMOTIONS, caption, explanation
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Raised whenever the same seed gives other clips than before."""
 
 STAMP = "demo.json"
 MIN_ROWS = 14
 _CODECS = ("libx264", "aac", "libvpx-vp9", "libopus")
-_ROWS_AT_ONCE = 16
+ROWS_AT_ONCE = 16
 
 
 class DemoError(ValueError):
@@ -76,6 +76,25 @@ SETS: tuple[DemoSet, ...] = (
     DemoSet("mafw_test", "mafw", ("mafw",), 500, "test", "mafw_test.jsonl"),
     DemoSet("ravdess_test", "ravdess", ("ravdess",), 500, "test", "ravdess_test.jsonl"),
 )
+
+
+# What `sets` may name: the base's own clips, or those of the stages after it.
+SET_GROUPS = {
+    "all": tuple(range(len(SETS))),
+    "base": (0,),
+    "emotions": tuple(range(1, len(SETS))),
+}
+
+
+def chosen_sets(sets: str) -> list[tuple[int, DemoSet]]:
+    """The sets of a group, with their numbers.
+
+    Raises:
+        DemoError: an unknown group.
+    """
+    if sets not in SET_GROUPS:
+        raise DemoError(f"sets={sets!r} is no group of demo sets; use one of {list(SET_GROUPS)}")
+    return [(number, SETS[number]) for number in SET_GROUPS[sets]]
 
 
 def set_plans(number: int, seed: int, scale: float) -> list[ClipPlan]:
@@ -123,9 +142,9 @@ def _row(chosen: DemoSet, plan: ClipPlan) -> dict[str, Any]:
     return row
 
 
-def _write_manifests(directory: Path, seed: int, scale: float) -> dict[str, int]:
+def _write_manifests(directory: Path, seed: int, scale: float, sets: str) -> dict[str, int]:
     rows: dict[str, list[dict[str, Any]]] = {}
-    for number, chosen in enumerate(SETS):
+    for number, chosen in chosen_sets(sets):
         plans = set_plans(number, seed, scale)
         rows.setdefault(chosen.manifest, []).extend(_row(chosen, plan) for plan in plans)
     for number, (name, listed) in enumerate(rows.items()):
@@ -142,19 +161,26 @@ def _make_clips(job: tuple[str, list[ClipPlan]]) -> int:
     return len(plans)
 
 
-def _jobs(directory: Path, seed: int, scale: float) -> Iterator[tuple[str, list[ClipPlan]]]:
-    for number, chosen in enumerate(SETS):
+def _jobs(
+    directory: Path, seed: int, scale: float, sets: str
+) -> Iterator[tuple[str, list[ClipPlan]]]:
+    for number, chosen in chosen_sets(sets):
         folder = directory / "clips" / chosen.name
         folder.mkdir(parents=True)
         plans = set_plans(number, seed, scale)
-        for start in range(0, len(plans), _ROWS_AT_ONCE):
-            yield str(folder), plans[start : start + _ROWS_AT_ONCE]
+        for start in range(0, len(plans), ROWS_AT_ONCE):
+            yield str(folder), plans[start : start + ROWS_AT_ONCE]
 
 
 def _build(
-    directory: Path, seed: int, scale: float, workers: int, progress: Callable[[int, int], None]
+    directory: Path,
+    seed: int,
+    scale: float,
+    sets: str,
+    workers: int,
+    progress: Callable[[int, int], None],
 ) -> None:
-    jobs = list(_jobs(directory, seed, scale))
+    jobs = list(_jobs(directory, seed, scale, sets))
     total = sum(len(plans) for _, plans in jobs)
     done = 0
     if workers == 1:
@@ -177,16 +203,16 @@ def _build(
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-    counts = _write_manifests(directory, seed, scale)
-    stamp = {**_stamp(seed, scale), "rows": counts}
+    counts = _write_manifests(directory, seed, scale, sets)
+    stamp = {**_stamp(seed, scale, sets), "rows": counts}
     (directory / STAMP).write_text(json.dumps(stamp, indent=2) + "\n", encoding="utf-8")
 
 
-def _stamp(seed: int, scale: float) -> dict[str, Any]:
-    return {"format_version": FORMAT_VERSION, "seed": seed, "scale": float(scale)}
+def _stamp(seed: int, scale: float, sets: str) -> dict[str, Any]:
+    return {"format_version": FORMAT_VERSION, "seed": seed, "scale": float(scale), "sets": sets}
 
 
-def _is_made(directory: Path, seed: int, scale: float) -> bool:
+def _is_made(directory: Path, seed: int, scale: float, sets: str) -> bool:
     """Tell whether the wanted set is there; refuse a folder that holds anything else."""
     path = directory / STAMP
     remedy = "choose another folder, or remove this one to have it made again"
@@ -200,7 +226,7 @@ def _is_made(directory: Path, seed: int, scale: float) -> bool:
         return False
     except (OSError, ValueError) as error:
         raise DemoError(f"{path}: cannot be read ({error}); {remedy}") from error
-    for key, wanted in _stamp(seed, scale).items():
+    for key, wanted in _stamp(seed, scale, sets).items():
         value = found.get(key) if isinstance(found, dict) else None
         if value != wanted:
             raise DemoError(
@@ -234,6 +260,7 @@ def ensure_demo(
     seed: int = 0,
     workers: int | None = None,
     scale: float = 1.0,
+    sets: str = "all",
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Make the demo set unless it is there already.
@@ -243,6 +270,7 @@ def ensure_demo(
         seed: the same seed gives the same clips, whatever the number of workers.
         workers: processes; by default one for each core this process may use.
         scale: factor on the number of clips.
+        sets: "all", "base" (captioned clips for a base model) or "emotions" (all others).
         progress: called with (clips made, clips in all) now and then.
 
     Returns:
@@ -256,7 +284,8 @@ def ensure_demo(
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
     _check_arguments(seed, scale, workers)
-    if _is_made(directory, seed, scale):
+    chosen_sets(sets)
+    if _is_made(directory, seed, scale, sets):
         return directory
     _check_encoders()
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -265,12 +294,12 @@ def ensure_demo(
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
     try:
-        _build(beside, seed, scale, workers, progress or (lambda made, total: None))
+        _build(beside, seed, scale, sets, workers, progress or (lambda made, total: None))
         try:
             beside.rename(directory)
         except OSError:
             # Another process was faster; its set must be the one asked for.
-            if not _is_made(directory, seed, scale):
+            if not _is_made(directory, seed, scale, sets):
                 raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -286,16 +315,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="same seed, same clips (default 0)")
     parser.add_argument("--workers", type=int, help="processes (default: one per core)")
     parser.add_argument("--scale", type=float, default=1.0, help="factor on the number of clips")
+    parser.add_argument("--sets", choices=list(SET_GROUPS), default="all", help="which sets")
     parser.add_argument("--sheet", type=Path, help="also write a contact sheet to this PNG")
     chosen = parser.parse_args(arguments)
 
     def show(made: int, total: int) -> None:
-        if made == total or made % 400 < _ROWS_AT_ONCE:
+        if made == total or made % 400 < ROWS_AT_ONCE:
             print(f"demo set: {made}/{total} clips", file=sys.stderr, flush=True)
 
     start = time.monotonic()
     try:
-        ensure_demo(chosen.out, chosen.seed, chosen.workers, chosen.scale, show)
+        ensure_demo(chosen.out, chosen.seed, chosen.workers, chosen.scale, chosen.sets, show)
         if chosen.sheet is not None:
             # Only the sheet needs an imaging library; the workers should not wait for it.
             from fastomni.data.demo_sheet import contact_sheet, sheet_rows

@@ -30,6 +30,9 @@ SAMPLES = SAMPLING_RATE * FRAMES // FRAMES_PER_SECOND
 SIDES_PX: tuple[int, ...] = (64, 72, 80, 88, 96)
 _WEBM_EVERY = 8
 
+# A voice beside a readable face is acted loosely: the face is the better witness there.
+VOICE_BESIDE_FACE = 0.5
+
 
 class _Purpose(IntEnum):
     FACTS = 0
@@ -93,7 +96,8 @@ def clip_facts(plan: ClipPlan) -> dict[str, str]:
 
     Returns:
         Level by fact: the face's (or `face: covered` where only the voice decides) and the
-        voice's. Where only the face decides, the voice follows a random emotion instead.
+        voice's. Where only the face decides, the voice follows a random emotion instead; beside
+        any readable face it strays more often.
     """
     rng = plan.generator(_Purpose.FACTS)
     face = _noisy(FACE_PROTOTYPES[plan.label], FACE_FACTS, plan.fact_noise, rng)
@@ -101,7 +105,8 @@ def clip_facts(plan: ClipPlan) -> dict[str, str]:
     if plan.kind == "face":
         other = plan.generator(_Purpose.OTHER_VOICE)
         voice_follows = EMOTIONS[int(other.integers(len(EMOTIONS)))]
-    voice = _noisy(VOICE_PROTOTYPES[voice_follows], VOICE_FACTS, plan.fact_noise, rng)
+    noise = plan.fact_noise if plan.kind == "voice" else max(plan.fact_noise, VOICE_BESIDE_FACE)
+    voice = _noisy(VOICE_PROTOTYPES[voice_follows], VOICE_FACTS, noise, rng)
     return {**(COVERED if plan.kind == "voice" else face), **voice}
 
 

@@ -47,6 +47,13 @@ def _face_sentence(facts: Mapping[str, str]) -> str:
     )
 
 
+def _voice_sentence(facts: Mapping[str, str]) -> str:
+    return (
+        f"the voice is {facts['pitch']}, {facts['pace']}, {facts['loudness']} and "
+        f"{facts['tremor']}."
+    )
+
+
 def caption(facts: Mapping[str, str]) -> str:
     """Say the facts of a clip in one sentence for the face and one for the voice.
 
@@ -68,15 +75,13 @@ def caption(facts: Mapping[str, str]) -> str:
                 f"facts: {name}={facts.get(name)!r} is not a level of this fact; "
                 f"use one of {', '.join(levels)}"
             )
-    voice = (
-        f"the voice is {facts['pitch']}, {facts['pace']}, {facts['loudness']} and "
-        f"{facts['tremor']}."
-    )
-    return f"{_face_sentence(facts)} {voice}"
+    return f"{_face_sentence(facts)} {_voice_sentence(facts)}"
 
 
 def explanation(facts: Mapping[str, str], label: str, rng: np.random.Generator) -> str:
-    """Write the explained answer of a clip: its facts, what decides, and the label.
+    """Write the explained answer of a clip: the facts that decide, what decides, and the label.
+
+    A face that can be read decides, and is described; where it is covered, the voice is.
 
     Args:
         facts: level by fact, as `caption` takes them.
@@ -95,9 +100,10 @@ def explanation(facts: Mapping[str, str], label: str, rng: np.random.Generator) 
 
 
 def _explain(facts: Mapping[str, str], label: str, paraphrase: int) -> str:
-    decider = "voice" if facts.get("face") == "covered" else "face"
-    decision = _DECISIONS[paraphrase].format(decider)
-    return f"<think>{caption(facts)} {decision}</think>\n<answer>{label}</answer>"
+    covered = facts.get("face") == "covered"
+    seen = caption(facts) if covered else _face_sentence(facts)
+    decision = _DECISIONS[paraphrase].format("voice" if covered else "face")
+    return f"<think>{seen} {decision}</think>\n<answer>{label}</answer>"
 
 
 def _first_level(clause: list[str], levels: tuple[str, ...]) -> str | None:

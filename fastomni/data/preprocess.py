@@ -18,15 +18,14 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
+
+from fastomni.data.decoding import resized
 
 if TYPE_CHECKING:
     from transformers import WhisperFeatureExtractor
 
 Aspect = Literal["pad", "squash"]
 ASPECTS = ("pad", "squash")
-# HumanOmni pads with this grey (mm_utils.py, `process_video`), not with the processor's mean.
-PAD_GREY = 127
 BICUBIC = 3
 DECODER = "pyav"
 PROCESSOR = "preprocessor_config.json"
@@ -151,20 +150,7 @@ class Preprocessing:
         Raises:
             ValueError: another shape or dtype, or no frames.
         """
-        if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8 or not frames.size:
-            raise ValueError(
-                f"frames must be uint8 [F, height, width, 3], got {frames.dtype} "
-                f"{list(frames.shape)}"
-            )
-        side = (self.image_size, self.image_size)
-        pictures = np.empty((len(frames), *side, 3), np.uint8)
-        for target, frame in zip(pictures, frames, strict=True):
-            if self.aspect == "pad":
-                frame = _on_square(frame)
-            target[:] = np.asarray(
-                Image.fromarray(frame).resize(side, Image.Resampling.BICUBIC), np.uint8
-            )
-        return torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2)))
+        return torch.from_numpy(resized(frames, self.image_size, self.aspect == "pad"))
 
     def normalize(self, pictures: torch.Tensor) -> torch.Tensor:
         """Scale to [0, 1], then subtract the mean and divide by the deviation.
@@ -228,18 +214,6 @@ class Preprocessing:
             hop_length=self.hop,
             n_fft=self.n_fft,
         )
-
-
-def _on_square(frame: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Paste centred on a grey square of the longer side; an odd rest goes right or below."""
-    height, width, _ = frame.shape
-    if height == width:
-        return frame
-    side = max(height, width)
-    top, left = (side - height) // 2, (side - width) // 2
-    canvas = np.full((side, side, 3), PAD_GREY, np.uint8)
-    canvas[top : top + height, left : left + width] = frame
-    return canvas
 
 
 def _read(folder: str | Path, name: str) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,9 @@ class Stage:
         directory: output_dir/<stage>.
         fingerprint: JSON of all that decides the result.
         checkpoint_every: optimiser steps between checkpoints.
+
+    Attributes:
+        phase: times a named part of a step; the owner of a report puts its own here.
     """
 
     def __init__(
@@ -42,6 +47,7 @@ class Stage:
         self.directory = directory
         self._fingerprint = json.loads(json.dumps(fingerprint))
         self._checkpoint_every = checkpoint_every
+        self.phase: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext()
 
     @property
     def model_directory(self) -> Path:
@@ -89,10 +95,11 @@ class Stage:
         if engine.steps_done % self._checkpoint_every:
             return
         folder = self.directory / "checkpoints"
-        saved = engine.save(folder, fingerprint=self._fingerprint)
-        for other in steps(folder):
-            if other != saved:
-                shutil.rmtree(other)
+        with self.phase("checkpoint"):
+            saved = engine.save(folder, fingerprint=self._fingerprint)
+            for other in steps(folder):
+                if other != saved:
+                    shutil.rmtree(other)
 
     def finish(self, model: OmniModel) -> None:
         """Writes the model, which marks the stage as done, and removes its checkpoints."""

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -21,10 +20,10 @@ from fastomni.model.config import (
     TOWER_FOLDERS,
     CheckpointError,
     OmniConfig,
-    read_json,
     tower_folder,
 )
 from fastomni.model.omni import OmniModel
+from fastomni.model.reader import CheckpointReader
 
 # Names that a model may carry although no computation uses them; kept and written back.
 UNUSED_PREFIXES = (
@@ -33,6 +32,8 @@ UNUSED_PREFIXES = (
     "model.audio_tower.audio_tower.projector.",
     "model.audio_tower.audio_tower.layer_weights",
 )
+# Buffers that older transformers wrote out and that are computed here.
+BUFFER_SUFFIXES = (".position_ids", ".rotary_emb.inv_freq")
 TEXT_FILES = (
     "generation_config.json",
     "tokenizer.json",
@@ -42,6 +43,7 @@ TEXT_FILES = (
     "vocab.json",
     "merges.txt",
     "chat_template.json",
+    "fastomni.json",
 )
 TOWER_FILES = {"bert": ("vocab.txt",), "vision": ("preprocessor_config.json",)}
 TOWER_FILES["audio"] = TOWER_FILES["vision"]
@@ -52,6 +54,9 @@ TOWER_PREFIXES = {
     "audio": ("model.audio_tower.audio_tower.encoder.", ("model.encoder.", "encoder.", "")),
     "bert": ("model.bert_model.", ("bert.", "")),
 }
+
+# Made by configs/base.yaml; see SOURCE.md in it.
+PACKAGED_BASE = Path(__file__).with_name("tiny_base")
 
 # Start of our parameter names -> start of the released ones.
 RENAMES = {
@@ -134,7 +139,7 @@ def load(path_or_hub_id: str | Path) -> OmniModel:
             elif name == "lm_head.weight" and config.tie_word_embeddings:
                 # A tied head stored a second time: saving writes the embedding there again.
                 model.stored_dtypes[name] = checkpoint.dtype(name)
-            elif name.startswith(UNUSED_PREFIXES):
+            elif name.startswith(UNUSED_PREFIXES) or name.endswith(BUFFER_SUFFIXES):
                 model.unused_tensors[name] = checkpoint.tensor(name)
             else:
                 raise CheckpointError(
@@ -152,7 +157,12 @@ def load(path_or_hub_id: str | Path) -> OmniModel:
 
 
 def resolve(path_or_hub_id: str | Path) -> Path:
-    """The directory of a checkpoint; a hub id is downloaded (weights as safetensors only)."""
+    """The directory of a checkpoint; a hub id is downloaded (weights as safetensors only).
+
+    "tiny-base" is the demo's base model, which comes with the package.
+    """
+    if str(path_or_hub_id) == "tiny-base":
+        return PACKAGED_BASE
     directory = Path(os.path.expanduser(path_or_hub_id))  # Path's own raises for unknown users
     if directory.is_dir():
         return directory
@@ -160,7 +170,7 @@ def resolve(path_or_hub_id: str | Path) -> Path:
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CheckpointError(
             f"{name} is neither a directory nor a hub id of the form owner/name; "
-            "check the path (or use a preset: 'tiny', '0.5b')"
+            "check the path (or use 'tiny-base', the demo's own base)"
         )
     from huggingface_hub import snapshot_download
 
@@ -230,77 +240,6 @@ def write_directory(directory: Path, write: Callable[[Path], None]) -> None:
         raise
 
 
-class CheckpointReader:
-    """Lazy access to the tensors of `model.safetensors` or of its shards."""
-
-    def __init__(self, directory: Path) -> None:
-        index = directory / "model.safetensors.index.json"
-        if index.is_file():
-            shards = read_json(index).get("weight_map")
-            if not isinstance(shards, dict):
-                raise CheckpointError(f"{index} has no weight_map; download it again")
-            names = sorted({str(name) for name in shards.values()})
-            paths = [directory / Path(name).name for name in names]
-        else:
-            paths = [directory / "model.safetensors"]
-        self._paths = paths
-        self._where: dict[str, tuple[Path, safe_open]] = {}
-
-    def __enter__(self) -> CheckpointReader:
-        for path in self._paths:
-            if not path.is_file():
-                raise CheckpointError(
-                    f"{path} does not exist; only safetensors weights are read (convert .bin "
-                    "files with their own library first)"
-                )
-            try:
-                handle = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(
-                    f"{path} is not a whole safetensors file ({error}); download it again"
-                ) from None
-            for name in handle.keys():  # noqa: SIM118 - safe_open is no mapping
-                self._where[name] = (path, handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._where.clear()
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._where
-
-    def names(self) -> list[str]:
-        """All tensor names."""
-        return list(self._where)
-
-    def file(self, name: str) -> Path:
-        """The file that holds a tensor."""
-        return self._where[name][0]
-
-    def tensor(self, name: str) -> Tensor:
-        """Reads one tensor."""
-        return self._where[name][1].get_tensor(name)
-
-    def shape(self, name: str) -> tuple[int, ...] | None:
-        """A tensor's shape, or None where it is absent."""
-        if name not in self:
-            return None
-        return tuple(self._where[name][1].get_slice(name).get_shape())
-
-    def dtype(self, name: str) -> torch.dtype:
-        """The dtype a tensor is stored in."""
-        stored = self._where[name][1].get_slice(name).get_dtype()
-        if stored not in _DTYPES:
-            raise CheckpointError(
-                f"{self.file(name)}: {name} is stored as {stored}; weights must be one of "
-                f"{', '.join(_DTYPES)} (quantised checkpoints are not read)"
-            )
-        return _DTYPES[stored]
-
-
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-
-
 def _copy(view: Tensor, source: CheckpointReader, name: str, stored: str | None = None) -> None:
     """Copies one tensor into a view, refusing another shape."""
     stored = stored or name
@@ -337,8 +276,9 @@ def _note_companions(model: OmniModel, directory: Path) -> None:
         if (directory / name).is_file():
             model.companion_files[name] = (directory / name).read_bytes()
     for tower, names in TOWER_FILES.items():
+        # A folder without a config, of the released sizes then, may hold the file all the same.
         folder = tower_folder(directory, tower, model.config.released)
         for name in names:
-            path = (folder or directory) / name
-            if folder is not None and path.is_file():
+            path = (folder or directory / TOWER_FOLDERS[tower]) / name
+            if path.is_file():
                 model.companion_files[f"{TOWER_FOLDERS[tower]}/{name}"] = path.read_bytes()

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import BertConfig, SiglipVisionConfig, WhisperConfig
 
+from fastomni.model import vocabulary
 from fastomni.model.config import OmniConfig, released_tower_fields
 from fastomni.model.decoder import Decoder, RMSNorm
 from fastomni.model.omni import OmniModel
@@ -27,6 +28,7 @@ TINY: dict[str, dict[str, Any]] = dict(
         num_key_value_heads=2,
         num_frames=4,
         bert_gate_size=64,
+        torch_dtype="bfloat16",
         initializer_range=0.05,
     ),
     vision=dict(
@@ -105,7 +107,7 @@ def build(preset: str, corpus: Iterable[str] = (), seed: int = 0) -> OmniModel:
                 )
             )
         )
-    corpus = list(corpus)
+    corpus = [*corpus, *(f" {word}" for word in vocabulary.TEXT.split())]
     text = train_text_tokenizer(corpus, vocabulary=1024)
     wordpiece = train_wordpiece(corpus, vocabulary=512)
     end, stop = text.token_to_id("<|endoftext|>"), text.token_to_id("<|im_end|>")

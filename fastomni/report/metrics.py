@@ -21,15 +21,18 @@ def group_metrics(
         layout: lengths of the completions.
     """
     lengths = layout.sequence_lengths
-    metrics = {
-        ("reward" if name == "reward" else f"rewards/{name}"): float(values.mean())
-        for name, values in scores.items()
-    }
+    metrics = {"reward": float(scores["reward"].mean())}
+    for name, values in scores.items():
+        if name != "reward":
+            metrics[f"rewards/{name}/mean"] = float(values.mean())
+            metrics[f"rewards/{name}/std"] = float(values.std())
     return metrics | {
         "reward_std": float(scores["reward"].std(dim=1).mean()),
         "frac_reward_zero_std": float(no_spread.float().mean()),
         "completions/mean_length": sum(lengths) / len(lengths),
+        "completions/min_length": float(min(lengths)),
         "completions/max_length": float(max(lengths)),
+        "completions/tokens": float(sum(lengths)),
         "completions/clipped_ratio": 1 - sum(stopped) / len(stopped),
     }
 

@@ -20,16 +20,23 @@ from matplotlib.ticker import MaxNLocator
 
 # Stage, metric, title, limits of the y axis where they mean something.
 PANELS: tuple[tuple[str, str, str, tuple[float, float] | None], ...] = (
+    ("pretrain", "loss", "Pretrain: loss", None),
     ("base", "loss", "Base: loss", None),
     ("coldstart", "loss", "Cold start: loss", None),
     ("rlvr", "reward", "RLVR: reward", None),
-    ("rlvr", "rewards/accuracy", "RLVR: accuracy", (0.0, 1.0)),
-    ("rlvr", "rewards/format", "RLVR: format", (0.0, 1.0)),
+    ("rlvr", "rewards/accuracy/mean", "RLVR: accuracy", (0.0, 1.0)),
+    ("rlvr", "rewards/format/mean", "RLVR: format", (0.0, 1.0)),
     ("rlvr", "kl", "RLVR: KL to where it began (nats)", None),
     ("rlvr", "entropy", "RLVR: entropy (nats)", None),
     ("rlvr", "completions/mean_length", "RLVR: completion length (tokens)", None),
 )
-COLOURS = {"base": "#6b7a90", "coldstart": "#d08a2e", "cold_start": "#d08a2e", "rlvr": "#2a7f6f"}
+COLOURS = {
+    "pretrain": "#9a8fb0",
+    "base": "#6b7a90",
+    "coldstart": "#d08a2e",
+    "cold_start": "#d08a2e",
+    "rlvr": "#2a7f6f",
+}
 INK, GRID = "#2b2f36", "#e6e8ec"
 COLUMNS = 3
 WINDOW = 20  # the running mean spans a WINDOW-th of the steps

@@ -24,8 +24,12 @@ from fastomni.report.plots import draw_curves
 from fastomni.report.stage import peak_memory_gib
 
 # Folder of a stage -> its name in summary.json and in print.
-STAGES = {"base": ("base", "base"), "coldstart": ("cold_start", "cold start"),
-          "rlvr": ("rlvr", "RLVR")}  # fmt: skip
+STAGES = {
+    "pretrain": ("pretrain", "pretrain"),
+    "base": ("base", "base"),
+    "coldstart": ("cold_start", "cold start"),
+    "rlvr": ("rlvr", "RLVR"),
+}
 PACKAGES = ("fastomni", "torch", "transformers", "av", "numpy")
 NARROWEST = 100  # columns: a table that is not on a terminal is not folded to 80
 
@@ -87,24 +91,33 @@ def summarize(run_directory: Path, histories: dict[str, list[dict[str, Any]]]) -
     Returns:
         `evaluation.<stage>.<set>` with war, uar, recalls, lowest_recall and format_rate in percent
         and, where the clips are of known kinds, `by_kind.<kind>.war|war_swapped_voice`; `stages`
-        with steps, seconds and seconds per phase; peak_memory_gib, versions, cpu_count, seed.
+        with steps, seconds, seconds per phase and evaluation_seconds (of the model the stage
+        left), and skipped, clips left out, where the run goes on without unreadable ones;
+        seconds of all that; peak_memory_gib, versions, platform, seed.
     """
     evaluation, stages, peaks = {}, {}, [peak_memory_gib()]
     for folder, (key, _) in STAGES.items():
         results = run_directory / folder / "evaluation" / "results.json"
-        if results.is_file():
-            found = json.loads(results.read_text(encoding="utf-8"))["results"]
-            evaluation[key] = {name: _percent(result) for name, result in found.items()}
-        if history := histories.get(folder):
+        history = histories.get(folder, [])
+        if history:
             stages[key] = _stage_times(history)
             peaks += [record["peak_memory_gib"] for record in history
                       if "peak_memory_gib" in record]  # fmt: skip
+        if results.is_file():
+            found = json.loads(results.read_text(encoding="utf-8"))
+            evaluation[key] = {
+                name: in_percent(result) for name, result in found["results"].items()
+            }
+            stage = stages.setdefault(key, _stage_times([]))
+            stage["evaluation_seconds"] = round(found["seconds"], 2)
     config = run_directory / "config.yaml"
     settings = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
     return {
         "evaluation": evaluation,
         "stages": stages,
-        "seconds": round(sum(stage["seconds"] for stage in stages.values()), 2),
+        "seconds": round(
+            sum(stage["seconds"] + stage["evaluation_seconds"] for stage in stages.values()), 2
+        ),
         "peak_memory_gib": round(max(peaks), 3),
         "versions": {"python": platform.python_version(), **_versions()},
         "platform": f"{platform.system()} {platform.machine()}",
@@ -112,7 +125,9 @@ def summarize(run_directory: Path, histories: dict[str, list[dict[str, Any]]]) -
     }
 
 
-def _percent(result: dict[str, Any]) -> dict[str, Any]:
+def in_percent(result: dict[str, Any]) -> dict[str, Any]:
+    """Results of one test set as `summary.json` has them: shares in percent, two digits."""
+
     def percent(share: float) -> float:
         return round(100 * share, 2)
 
@@ -144,11 +159,44 @@ def _stage_times(history: list[dict[str, Any]]) -> dict[str, Any]:
             if key.startswith("seconds/"):
                 phases[key.removeprefix("seconds/")] = phases.get(key[8:], 0.0) + value
     seconds = phases.pop("step", 0.0)
-    return {
-        "steps": history[-1]["step"],
+    times = {
+        "steps": history[-1]["step"] if history else 0,
         "seconds": round(seconds, 2),
         "phases": {name: round(value, 2) for name, value in phases.items()},
+        "evaluation_seconds": 0.0,
     }
+    if history and "data/skipped" in history[-1]:
+        times["skipped"] = history[-1]["data/skipped"]
+    return times
+
+
+def show_results(name: str, result: dict[str, Any]) -> None:
+    """Prints the results of one test set.
+
+    Args:
+        name: of the set.
+        result: from `in_percent`.
+    """
+    console = Console()
+    clips = f"{name}: {result['clips']} clips"
+    skipped = f", {result['skipped']} unreadable ones left out" if result["skipped"] else ""
+    shares = "  ".join(
+        f"{label} {result[key]:.1f}"
+        for label, key in (("WAR", "war"), ("UAR", "uar"), ("format", "format_rate"))
+    )
+    rows = [[label, f"{share:.1f}"] for label, share in result["recalls"].items()]
+    tables = [("class", ["recall"], rows)]
+    if "by_kind" in result:
+        kinds = [
+            [kind, *(f"{part[key]:.1f}" for key in ("war", "war_swapped_voice"))]
+            for kind, part in result["by_kind"].items()
+        ]
+        tables.append(("decided by", ["WAR", "with another voice"], kinds))
+    console.print(f"{clips}{skipped}; percent", markup=False, highlight=False, soft_wrap=True)
+    console.print(shares, markup=False, highlight=False, soft_wrap=True)
+    for first, others, lines in tables:
+        console.print(_rich({"title": None, "note": None, "head": [first, *others],
+                             "rows": lines, "texts": 1}))  # fmt: skip
 
 
 def _versions() -> dict[str, str]:
@@ -205,10 +253,15 @@ def _times(summary: dict[str, Any]) -> dict[str, Any]:
             for name, value in sorted(stage["phases"].items(), key=lambda item: -item[1])
             if value >= 0.005 * seconds
         )
-        per_step = seconds / stage["steps"]
-        rows.append([label, shares, str(stage["steps"]), _clock(seconds), f"{per_step:.2f} s"])
+        steps = [""] * 3  # an evaluation of a model that was trained elsewhere
+        if stage["steps"]:
+            steps = [str(stage["steps"]), _clock(seconds), f"{seconds / stage['steps']:.2f} s"]
+        rows.append([label, shares, *steps, _clock(stage["evaluation_seconds"])])
     note = f"All stages {_clock(summary['seconds'])}; peak {summary['peak_memory_gib']:.1f} GiB."
-    head = ["stage", "where the time went", "steps", "time", "per step"]
+    skipped = sum(stage.get("skipped", 0) for stage in summary["stages"].values())
+    if skipped:
+        note += f" {skipped} unreadable clips were left out of training."
+    head = ["stage", "where the time went", "steps", "time", "per step", "evaluation"]
     return {"title": "Time", "head": head, "rows": rows, "texts": 2, "note": note}
 
 

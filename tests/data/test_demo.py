@@ -236,10 +236,11 @@ def test_base_rows_have_no_emotion_word(small: Path) -> None:
 
 
 def test_responses_tell_the_facts(small: Path) -> None:
-    for name in ("base.jsonl", "explained.jsonl"):
-        for row in _rows(small / name):
-            assert claims(row["response"]) == row["facts"]
+    for row in _rows(small / "base.jsonl"):
+        assert claims(row["response"]) == row["facts"]
     for row in _rows(small / "explained.jsonl"):
+        told = FACE_FACTS if "mouth" in row["facts"] else row["facts"]
+        assert claims(row["response"]) == {name: row["facts"][name] for name in told}
         decider = "voice" if row["kind"] == "voice" else "face"
         pattern = (
             rf"<think>the .*\. (the|so the|here the) {decider} decides\.</think>\n"

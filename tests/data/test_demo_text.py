@@ -66,6 +66,9 @@ def test_claims_invert_every_combination() -> None:
             assert claims(caption(facts)) == facts
     for index, face in enumerate(faces):
         facts = {**face, **voices[index % len(voices)]}
+        assert claims(explanation(facts, EMOTIONS[index % 7], rng)) == face
+    for index, voice in enumerate(voices):
+        facts = {"face": "covered", **voice}
         assert claims(explanation(facts, EMOTIONS[index % 7], rng)) == facts
 
 

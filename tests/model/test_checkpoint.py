@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastomni.model import OmniConfig, OmniModel
-from fastomni.model.checkpoint import released_tensors, write_directory
+from fastomni.model.checkpoint import _note_companions, released_tensors, write_directory
 from fastomni.model.config import read_json, write_json
 
 MakeModel = Callable[..., OmniModel]
@@ -288,6 +288,18 @@ class TestWriteDirectory:
         write_directory(target, self.write_new)
         assert [p.name for p in target.rglob("*")] == ["inner", "new.txt"]
         assert [p.name for p in target.parent.iterdir()] == ["target"]
+
+
+def test_a_vocabulary_in_a_folder_without_a_config_is_found(
+    checkpoint: Path, make_model: MakeModel
+) -> None:
+    for name in ("bert", "siglip", "whisper"):
+        (checkpoint / name / "config.json").unlink()
+    model = make_model()  # a model of the released sizes would take gigabytes
+    _note_companions(model, checkpoint)
+    vocabulary = (checkpoint / "bert" / "vocab.txt").read_bytes()
+    assert model.companion_files["bert/vocab.txt"] == vocabulary
+    assert "whisper/preprocessor_config.json" in model.companion_files
 
 
 def test_saving_over_a_checkpoint(make_model: MakeModel, tmp_path: Path) -> None:

@@ -20,13 +20,17 @@ def test_group_metrics_of_two_groups() -> None:
     metrics = group_metrics(scores, torch.tensor([False, True]), stopped, layout)
     assert metrics == pytest.approx(
         {
-            "rewards/accuracy": 4 / 6,
-            "rewards/format": 4 / 6,
+            "rewards/accuracy/mean": 4 / 6,
+            "rewards/accuracy/std": (4 / 15) ** 0.5,  # four ones and two zeros, ddof=1
+            "rewards/format/mean": 4 / 6,
+            "rewards/format/std": (4 / 15) ** 0.5,
             "reward": 9 / 6,
             "reward_std": 0.5,  # of 1, 0, 2 it is 1; of equal ones 0
             "frac_reward_zero_std": 0.5,
             "completions/mean_length": 4.0,
+            "completions/min_length": 1.0,
             "completions/max_length": 10.0,
+            "completions/tokens": 24.0,
             "completions/clipped_ratio": 1 / 6,
         }
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -26,14 +27,17 @@ def test_every_step_is_written_and_some_are_printed(
     for step in range(1, 6):
         with report.phase("update"):
             pass
-        report.step(step, {"loss": 0.5 / step, "reward": 1.25, "frac_reward_zero_std": 0.18})
+        metrics = {"loss": 0.5 / step, "reward": 1.25, "frac_reward_zero_std": 0.18}
+        report.step(step, {**metrics, "entropy": 0.75, "completions/tokens": 30.0})
     report.close()
     printed = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in printed] == ["rlvr 2/5", "rlvr 4/5", "rlvr 5/5"]
-    assert "loss 0.2500  reward 1.25  zero-std 18%" in printed[0]
+    assert "loss 0.2500  reward 1.25  zero-std 18%  ent 0.75  tok/s " in printed[0]
+    assert (tmp_path / "log.txt").read_text(encoding="utf-8").splitlines() == printed
     assert steps_in(tmp_path / "metrics.jsonl") == [1, 2, 3, 4, 5]
     record = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[2])
     assert record["loss"] == 0.5 / 3
+    assert record["tokens_per_second"] == pytest.approx(30.0 / record["seconds/step"])
     assert record["seconds/update"] >= 0
     assert record["seconds/step"] >= record["seconds/update"] + record["seconds/data"] - 1e-9
     assert list((tmp_path / "tensorboard").iterdir())
@@ -43,13 +47,35 @@ def test_phases_are_timed_and_begin_anew_each_step(tmp_path: Path) -> None:
     report = StageReport(tmp_path, "base")
     report.start(0, 2)
     with report.phase("update"):
-        torch.ones(10).sum()
+        time.sleep(0.02)
     with report.phase("update"):
-        pass
+        time.sleep(0.01)
+    time.sleep(0.02)
     report.step(1, {"loss": 1.0})
+    with report.phase("checkpoint"):
+        time.sleep(0.01)
     report.step(2, {"loss": 1.0})
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert "seconds/update" in lines[0] and "seconds/update" not in lines[1]
+    first, second = (
+        json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    )
+    assert first["seconds/update"] >= 0.03 and first["seconds/data"] >= 0.02
+    assert "seconds/update" not in second and second["seconds/checkpoint"] >= 0.01
+    for record in (first, second):
+        parts = [v for k, v in record.items() if k.startswith("seconds/") and k != "seconds/step"]
+        assert sum(parts) == pytest.approx(record["seconds/step"])
+    report.close()
+
+
+def test_clips_that_are_left_out_are_counted_where_that_may_happen(tmp_path: Path) -> None:
+    report = StageReport(tmp_path, "base")
+    report.start(0, 2)
+    report.step(1, {"loss": 1.0})
+    report.count_skipped = lambda: 3
+    report.step(2, {"loss": 1.0})
+    first, second = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert "data/skipped" not in json.loads(first)
+    assert json.loads(second)["data/skipped"] == 3
+    assert "skipped 3" in (tmp_path / "log.txt").read_text().splitlines()[1]
     report.close()
 
 
@@ -72,9 +98,13 @@ def test_a_resumed_stage_drops_later_lines_and_half_of_one(torn: str, tmp_path: 
     for name in ("metrics.jsonl", "completions.jsonl"):
         lines = "".join(json.dumps({"step": step}) + "\n" for step in range(1, 5))
         (tmp_path / name).write_text(lines + torn, encoding="utf-8")
+    lines = [f"rlvr {step}/4  loss 1.0  0.1s [data 1%]" for step in range(1, 5)]
+    (tmp_path / "log.txt").write_text("\n".join([*lines, "rlvr 5/4  lo"]), encoding="utf-8")
     report = StageReport(tmp_path, "rlvr")
     report.start(2, 4)
     report.step(3, {"loss": 1.0})
     report.close()
     assert steps_in(tmp_path / "metrics.jsonl") == [1, 2, 3]
     assert steps_in(tmp_path / "completions.jsonl") == [1, 2]
+    log = (tmp_path / "log.txt").read_text(encoding="utf-8").splitlines()
+    assert [line.split()[1] for line in log] == ["1/4", "2/4", "3/4"] and log[:2] == lines[:2]

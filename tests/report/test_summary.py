@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from fastomni.report.plots import draw_curves, running_mean
-from fastomni.report.summary import write_summary
+from fastomni.report.summary import in_percent, show_results, write_summary
 
 RESULT = {
     "clips": 4,
@@ -37,7 +37,9 @@ def write_history(run: Path, stage: str, records: list[dict[str, Any]]) -> None:
 def write_results(run: Path, stage: str, results: dict[str, Any]) -> None:
     folder = run / stage / "evaluation"
     folder.mkdir(parents=True)
-    (folder / "results.json").write_text(json.dumps({"results": results}), encoding="utf-8")
+    (folder / "results.json").write_text(
+        json.dumps({"seconds": 3.0, "results": results}), encoding="utf-8"
+    )
 
 
 def steps(count: int, **values: float) -> list[dict[str, Any]]:
@@ -47,7 +49,7 @@ def steps(count: int, **values: float) -> list[dict[str, Any]]:
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     write_history(tmp_path, "coldstart", steps(3, **{"seconds/step": 2.0, "seconds/update": 1.5}))
-    values = {"reward": 1.0, "rewards/accuracy": 0.5, "rewards/format": 0.5, "kl": 0.1}
+    values = {"reward": 1.0, "rewards/accuracy/mean": 0.5, "rewards/format/mean": 0.5, "kl": 0.1}
     timing = {"seconds/step": 60.0, "seconds/rollout": 45.0, "peak_memory_gib": 900.0}
     write_history(tmp_path, "rlvr", steps(2, **values, **timing))
     better = {**RESULT, "war": 0.75, "recalls": {"angry": 0.8, "sad": 0.6}}
@@ -69,8 +71,9 @@ def test_figures_are_in_percent_seconds_and_gib(run: Path) -> None:
         "steps": 3,
         "seconds": 6.0,
         "phases": {"update": 4.5},
+        "evaluation_seconds": 3.0,
     }
-    assert summary["seconds"] == 126.0
+    assert summary["seconds"] == 132.0
     assert summary["seed"] == 17
     # The peak of a stage that another process ran is in its metrics.
     assert summary["peak_memory_gib"] == 900.0
@@ -85,8 +88,8 @@ def test_tables_put_before_and_after_under_each_other(
     before = "| dfew_test | cold start | 50.0 | 37.5 | 0.0 | 97.5 | 100.0 (90.0) | 33.3 (0.0) |"
     after = "| dfew_test | RLVR | 75.0 | 37.5 | 60.0 | 97.5 | 100.0 (90.0) | 33.3 (0.0) |"
     assert f"{before}\n{after}\n" in text
-    assert "| RLVR | rollout 75% | 2 | 2:00 | 60.00 s |" in text
-    assert "All stages 2:06; peak 900.0 GiB." in text
+    assert "| RLVR | rollout 75% | 2 | 2:00 | 60.00 s | 0:03 |" in text
+    assert "All stages 2:12; peak 900.0 GiB." in text
     printed = capsys.readouterr().out
     assert "100.0 (90.0)" in printed and "cold start" in printed
     assert str(run / "curves.png") in printed
@@ -103,7 +106,7 @@ def test_a_run_without_evaluation_or_with_nothing_at_all_is_summed_up(
     write_history(tmp_path, "base", steps(2, **{"seconds/step": 1.0}))
     write_summary(tmp_path)
     text = (tmp_path / "summary.md").read_text(encoding="utf-8")
-    assert "| base |  | 2 | 0:02 | 1.00 s |" in text
+    assert "| base |  | 2 | 0:02 | 1.00 s | 0:00 |" in text
     assert "Evaluation" not in text
     assert (tmp_path / "curves.png").is_file()
 
@@ -115,6 +118,33 @@ def test_skipped_clips_and_sets_without_kinds_are_told(tmp_path: Path) -> None:
     text = (tmp_path / "summary.md").read_text(encoding="utf-8")
     assert "| mine | RLVR | 50.0 | 37.5 | 0.0 | 97.5 |  |  |" in text
     assert "3 unreadable clips were left out." in text
+
+
+def test_an_evaluation_without_a_training_and_skips_of_training_are_told(tmp_path: Path) -> None:
+    write_results(tmp_path, "base", {"dfew_test": RESULT})
+    write_history(tmp_path, "rlvr", steps(2, **{"seconds/step": 1.0, "data/skipped": 4}))
+    write_summary(tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    assert list(summary["stages"]) == ["base", "rlvr"]
+    assert list(summary["evaluation"]) == ["base"]
+    base = summary["stages"]["base"]
+    assert (base["steps"], base["seconds"], base["evaluation_seconds"]) == (0, 0.0, 3.0)
+    assert summary["stages"]["rlvr"]["skipped"] == 4 and "skipped" not in base
+    text = (tmp_path / "summary.md").read_text(encoding="utf-8")
+    assert "| base |  |  |  |  | 0:03 |" in text
+    assert "4 unreadable clips were left out of training." in text
+
+
+def test_the_results_of_one_set_are_printed_in_percent(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    show_results("dfew_test", in_percent({**RESULT, "skipped": 2}))
+    said = capsys.readouterr().out
+    assert "dfew_test: 4 clips, 2 unreadable ones left out; percent" in said
+    assert "WAR 50.0  UAR 37.5  format 97.5" in said
+    table = [line.replace("│", " ").split() for line in said.splitlines()]
+    for row in (["angry", "75.0"], ["sad", "0.0"], ["face", "100.0", "90.0"]):
+        assert row in table
 
 
 def test_a_damaged_line_is_named(tmp_path: Path) -> None:

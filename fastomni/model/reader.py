@@ -1,0 +1,82 @@
+"""Lazy reading of safetensors weights, whole or in shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fastomni.model.config import CheckpointError, read_json
+
+
+class CheckpointReader:
+    """Lazy access to the tensors of `model.safetensors` or of its shards."""
+
+    def __init__(self, directory: Path) -> None:
+        index = directory / "model.safetensors.index.json"
+        if index.is_file():
+            shards = read_json(index).get("weight_map")
+            if not isinstance(shards, dict):
+                raise CheckpointError(f"{index} has no weight_map; download it again")
+            names = sorted({str(name) for name in shards.values()})
+            paths = [directory / Path(name).name for name in names]
+        else:
+            paths = [directory / "model.safetensors"]
+        self._paths = paths
+        self._where: dict[str, tuple[Path, safe_open]] = {}
+
+    def __enter__(self) -> CheckpointReader:
+        for path in self._paths:
+            if not path.is_file():
+                raise CheckpointError(
+                    f"{path} does not exist; only safetensors weights are read (convert .bin "
+                    "files with their own library first)"
+                )
+            try:
+                handle = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(
+                    f"{path} is not a whole safetensors file ({error}); download it again"
+                ) from None
+            for name in handle.keys():  # noqa: SIM118 - safe_open is no mapping
+                self._where[name] = (path, handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._where.clear()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    def names(self) -> list[str]:
+        """All tensor names."""
+        return list(self._where)
+
+    def file(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._where[name][0]
+
+    def tensor(self, name: str) -> Tensor:
+        """Reads one tensor."""
+        return self._where[name][1].get_tensor(name)
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """A tensor's shape, or None where it is absent."""
+        if name not in self:
+            return None
+        return tuple(self._where[name][1].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype a tensor is stored in."""
+        stored = self._where[name][1].get_slice(name).get_dtype()
+        if stored not in _DTYPES:
+            raise CheckpointError(
+                f"{self.file(name)}: {name} is stored as {stored}; weights must be one of "
+                f"{', '.join(_DTYPES)} (quantised checkpoints are not read)"
+            )
+        return _DTYPES[stored]
+
+
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
