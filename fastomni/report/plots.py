@@ -141,5 +141,5 @@ def _bars(axes: Axes, evaluation: Mapping[str, Mapping[str, Mapping[str, Any]]])
     axes.set_xticks(range(len(sets)), [name.removesuffix("_test") for name in sets])
     axes.set_ylim(0, 118)  # room for the legend above the bars
     axes.set_yticks(range(0, 101, 25))
-    axes.legend(frameon=False, fontsize=8, ncols=3, loc="upper left", labelcolor=INK,
+    axes.legend(frameon=False, fontsize=8, ncols=4, loc="upper left", labelcolor=INK,
                 handlelength=1.4, columnspacing=1.2, borderaxespad=0)  # fmt: skip
