@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +32,10 @@ for folder in (ROOT, ROOT / "kernels"):
         sys.path.insert(0, str(folder))
 
 os.environ.setdefault("USE_HUB_KERNELS", "0")
+
+# A shell that starts a command in the background lets it ignore Ctrl-C, and children inherit that:
+# the tests of Ctrl-C would then wait for ever.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
