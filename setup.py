@@ -19,7 +19,7 @@ setup(
     package_dir={"fastomni": "fastomni", "fastomni_kernels": "kernels/fastomni_kernels"},
     package_data={
         "fastomni": ["py.typed"],
-        "fastomni.model": ["tiny_base/*", "tiny_base/*/*"],
+        "fastomni.model": ["tiny-base/*", "tiny-base/*/*"],
         "fastomni_kernels": ["py.typed"],
     },
 )

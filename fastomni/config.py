@@ -72,7 +72,8 @@ class ModelConfig:
     """Which model, and how a clip is shaped for it."""
 
     path: str = "tiny"
-    """Preset with random weights (tiny), a checkpoint's directory, or a hub id."""
+    """tiny-base (the demo's base, which comes along), tiny (the same with random weights), a
+    checkpoint's directory, or a hub id."""
     num_frames: int | None = None
     """Frames taken from a clip; null: as many as the checkpoint was made for."""
     aspect: Literal["pad", "squash"] = "pad"

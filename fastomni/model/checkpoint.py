@@ -56,7 +56,7 @@ TOWER_PREFIXES = {
 }
 
 # Made by configs/base.yaml; see SOURCE.md in it.
-PACKAGED_BASE = Path(__file__).with_name("tiny_base")
+PACKAGED_BASE = Path(__file__).with_name("tiny-base")
 
 # Start of our parameter names -> start of the released ones.
 RENAMES = {
