@@ -2,10 +2,10 @@
 
     python -m fastomni.infer CHECKPOINT clip.mp4 [more clips] [--json]
 
-CHECKPOINT is a directory (output_dir/<stage>/model), a hub id, or tiny-base. A clip that cannot be used is
-named on the error stream with reason and remedy, the others are answered, and the exit status is 1.
-Clips are answered one by one, so that each answer stands as soon as it is there and depends on no
-other clip.
+CHECKPOINT is a directory (output_dir/<stage>/model), a hub id, or tiny-base. A clip that cannot be
+used is named on the error stream with reason and remedy, the others are answered, and the exit
+status is 1. Clips are answered one by one, so that each answer stands as soon as it is there and
+depends on no other clip.
 """
 
 from __future__ import annotations
@@ -119,7 +119,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m fastomni.infer", description="Explanations and answers for clips."
     )
-    parser.add_argument("checkpoint", help="a directory (output_dir/<stage>/model), a hub id, or tiny-base")
+    parser.add_argument(
+        "checkpoint", help="a directory (output_dir/<stage>/model), a hub id, or tiny-base"
+    )
     parser.add_argument("clips", nargs="+", metavar="clip", help="media files")
     parser.add_argument("--json", action="store_true", help="one JSON object per clip and line")
     parser.add_argument("--question", help="in place of the one the checkpoint was trained with")
