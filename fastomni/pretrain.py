@@ -26,7 +26,7 @@ from fastomni.prompts import PromptSource
 from fastomni.report import StageReport
 
 # Means over tokens are short vectors. With 1,200 captioned clips, batches of 32 and rate 1e-3 this
-# scale brought the loss of step 300 from 0.14 to 0.05 (2026-11-21; SigLIP's own scale starts at 10).
+# scale brought the loss of step 300 from 0.14 to 0.05 (2026-11-21); SigLIP's scale starts at 10.
 LOGIT_SCALE = 6.0
 
 
