@@ -64,5 +64,5 @@ $(VENV)/.ready: $(VENV)/.created $(REQUIREMENTS)
 
 $(VENV)/.ready-dev: $(VENV)/.ready
 	@echo 'Setting up the tools for tests'
-	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]' || $(RETRY)
+	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev,liger,trl]' || $(RETRY)
 	@touch $@

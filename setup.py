@@ -15,6 +15,7 @@ setup(
         "fastomni.model",
         "fastomni.report",
         "fastomni_kernels",
+        "fastomni_kernels.triton_kernels",
     ],
     package_dir={"fastomni": "fastomni", "fastomni_kernels": "kernels/fastomni_kernels"},
     package_data={

@@ -8,7 +8,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib import metadata
@@ -34,8 +34,8 @@ class Clock:
         self.seconds[name] = time.perf_counter() - begin
 
 
-def environment() -> dict[str, Any]:
-    """Date, commit, processor, threads and versions."""
+def environment(packages: Sequence[str] = ("transformers",)) -> dict[str, Any]:
+    """Date, commit, processor, threads and versions (of torch and `packages`; None: absent)."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     commit = _git("rev-parse", "--verify", "--quiet", "HEAD")
     return {
@@ -47,7 +47,21 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": metadata.version("transformers"),
+        **{name: _version(name) for name in packages},
+    }
+
+
+def accelerator(device: torch.device) -> dict[str, Any] | None:
+    """Name, capability, memory and driver-side versions of a CUDA device; None for a CPU."""
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "multiprocessors": properties.multi_processor_count,
+        "cuda": torch.version.cuda,
     }
 
 
@@ -69,6 +83,21 @@ def peak_mib() -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def resident_mib() -> float | None:
+    """Resident memory of this process in MiB now (Linux; None elsewhere)."""
+    if sys.platform != "linux":
+        return None
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.split("VmRSS:")[1].split()[0]) / 2**10
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _git(*words: str) -> str:

@@ -40,7 +40,7 @@ from bench.measure import Clock, environment, peak_mib, reset_peak
 from fastomni.config import GrpoConfig, OptimizerConfig, RolloutConfig
 from fastomni.data.demo_text import demo_texts
 from fastomni.engine import Engine
-from fastomni.grpo import update
+from fastomni.grpo import Experience, update
 from fastomni.model.omni import AUDIO, VIDEO, OmniModel, PromptBatch
 from fastomni.model.presets import PRESETS, build
 from fastomni.rollout import Rollout, Sampling, generate, sequence_seeds
@@ -106,7 +106,7 @@ def prepare(options: argparse.Namespace) -> Bench:
         features = policy.encode_towers(raw.pixels, raw.mel)
     cached = PromptBatch(raw.input_ids, raw.router_ids, features=features)
     rewards = torch.randint(0, 3, (options.prompts, options.generations)).float()
-    advantages, _ = group_advantages(rewards)
+    advantages, _, _ = group_advantages(rewards)
     engine = Engine(policy, settings.optimizer, total_steps=1)
     return Bench(policy, reference, engine, cached, raw, advantages, settings)
 
@@ -166,16 +166,8 @@ def score_and_update(
             sharing,
         )
     with clock.phase("update"):
-        metrics = update(
-            bench.policy,
-            bench.engine,
-            prompts,
-            embeddings,
-            rollout,
-            bench.advantages,
-            reference,
-            settings,
-        )
+        experience = Experience(prompts, rollout, bench.advantages, reference)
+        metrics, _ = update(bench.policy, bench.engine, embeddings, experience, settings)
         if step:
             bench.engine.step()
     return metrics

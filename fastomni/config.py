@@ -17,6 +17,7 @@ from typing import Any, Literal
 import yaml
 
 from fastomni.config_help import describe
+from fastomni.config_loss import LossConfig
 from fastomni.config_stages import (
     TRAINABLE_PARTS,
     EvaluateConfig,
@@ -43,6 +44,7 @@ __all__ = [
     "DataConfig",
     "EvaluateConfig",
     "GrpoConfig",
+    "LossConfig",
     "ModelConfig",
     "OptimizerConfig",
     "PromptConfig",

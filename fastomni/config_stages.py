@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from fastomni.config_loss import LossConfig
 from fastomni.config_yaml import (
     check,
     check_at_least,
@@ -176,15 +177,29 @@ class GrpoConfig:
     epochs: float
     """Passes over the manifest (released: 2)."""
     prompts_per_step: int
-    """Clips per optimiser step, each with a group of completions (released: 16)."""
+    """Clips per step, each with a group of completions (released: 16). A step is one rollout with
+    all its updates."""
     micro_batch_tokens: int
     """Most packed tokens in one forward and backward, cut at prompt borders."""
     rollout: RolloutConfig
     """Group size and sampling."""
+    updates_per_rollout: int = 1
+    """Optimiser steps taken on each rollout (released: 1); clipping matters from 2 on."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """The policy loss; its defaults are the released one."""
     beta: float = 0.04
     """Weight of the KL to the model the stage started from (released); 0 drops that model."""
+    advantage_baseline: Literal["mean", "leave_one_out"] = "mean"
+    """What a reward is compared with: the mean of its group (released), or of the others in it
+    (RLOO)."""
+    advantage_scale: Literal["group", "batch", "none"] = "group"
+    """Advantages are divided by the standard deviation of the group (released), of all rewards of
+    the step, or by nothing (Dr. GRPO)."""
     advantage_eps: float = 1e-4
-    """Added to a group's standard deviation (released)."""
+    """Added to that standard deviation (released)."""
+    reward_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    """Weighted rewards are added up and then compared (released), or each is compared within its
+    group before they are added up (GDPO), which has its own baseline and scale."""
     rewards: list[str] = field(default_factory=lambda: ["accuracy", "format"])
     """Rewards to add up: accuracy, format, released_accuracy, released_format, or
     package.module:function of your own."""
@@ -198,20 +213,25 @@ class GrpoConfig:
     trainable: list[str] = field(default_factory=lambda: list(DEFAULT_TRAINABLE))
     """As in a supervised stage."""
     checkpoint_every: int = 50
-    """Optimiser steps between checkpoints."""
+    """Steps between checkpoints."""
     log_every: int = 1
-    """Optimiser steps between lines of the log."""
+    """Steps between lines of the log."""
     max_steps: int | None = None
-    """End after this many optimiser steps, the schedule too; null: after the epochs."""
+    """End after this many steps (rollouts, each with its updates), the schedule too; null: after
+    the epochs."""
 
     def __post_init__(self) -> None:
         check_text("manifest", self.manifest)
         check_positive("epochs", self.epochs)
-        counts = ("prompts_per_step", "micro_batch_tokens", "checkpoint_every", "log_every")
-        for key in (*counts, "max_steps"):
+        counts = ("prompts_per_step", "micro_batch_tokens", "updates_per_rollout")
+        for key in (*counts, "checkpoint_every", "log_every", "max_steps"):
             check_at_least(1, key, getattr(self, key))
         check_at_least(0, "beta", self.beta)
         check_at_least(0, "advantage_eps", self.advantage_eps)
+        if self.reward_aggregation == "normalize_then_sum":
+            for key, own in (("advantage_baseline", "mean"), ("advantage_scale", "group")):
+                problem = f"cannot be joined with reward_aggregation=normalize_then_sum; use {own}"
+                check(getattr(self, key) == own, key, getattr(self, key), problem)
         check_names("rewards", self.rewards)
         check_trainable(self.trainable)
         if self.reward_weights is not None:

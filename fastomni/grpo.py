@@ -1,18 +1,22 @@
 """Reinforcement learning from verifiable rewards: GRPO over groups that share one encoding.
 
 One step, in order: encode the clips once -> roll out G completions per prompt -> score -> group
-advantages -> reference log-probs -> policy forward, loss, backward -> step. The prompts' embeddings
-are made under grad once; rollout and micro-batches use a detached leaf that collects its gradient,
-and one last backward takes that through projectors and gate.
+advantages -> reference log-probs -> one or more updates, each a policy forward, loss, backward and
+optimiser step. The prompts' embeddings are made under grad once per update; rollout and
+micro-batches use a detached leaf that collects its gradient, and one last backward takes that
+through projectors and gate. All formulas are those of `fastomni_kernels`.
 
-Shapes: N prompts, G completions each, S = N * G sequences, M completion tokens, H hidden.
+Shapes: N prompts, G completions each, K rewards, S = N * G sequences, M completion tokens, H
+hidden.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,16 +25,58 @@ from fastomni.config import GrpoConfig
 from fastomni.engine import Engine, Stage
 from fastomni.model.omni import OmniModel, PromptBatch
 from fastomni.prompts import PromptSource
-from fastomni.report import StageReport, group_metrics, loss_metrics
+from fastomni.report import StageReport, group_metrics, loss_metrics, update_metrics
 from fastomni.rewards import Reward, resolve
 from fastomni.rollout import Rollout, Sampling, generate, sequence_seeds
 from fastomni.scoring import (
-    completion_logprobs,
+    completion_predictors,
     micro_batches,
     reference_logprobs,
     released_logprobs,
 )
-from fastomni_kernels import GroupLayout, group_advantages, grpo_loss
+from fastomni_kernels import (
+    GroupAdvantages,
+    GroupLayout,
+    LossOptions,
+    dispatch,
+    group_advantages,
+    grpo_loss,
+    linear_grpo_loss,
+)
+
+# Loss of a micro-batch, its metrics, and the detached log-probs of its tokens.
+PartialLoss = tuple[Tensor, Mapping[str, Tensor], Tensor]
+
+
+@dataclass
+class Experience:
+    """A rollout and all that its updates need.
+
+    Attributes:
+        prompts: the N prompts.
+        rollout: their S completions.
+        advantages: [N, G].
+        reference_logprobs: [M], or None where beta is 0.
+        old_logprobs: [M] of the policy that the rollout came from, kept by the first update; None
+            until then: the ratio is 1.
+    """
+
+    prompts: PromptBatch
+    rollout: Rollout
+    advantages: Tensor
+    reference_logprobs: Tensor | None = None
+    old_logprobs: Tensor | None = None
+
+    def of(self, tokens: slice) -> dict[str, Any]:
+        """What both losses are told about a micro-batch, by the slice of its completion tokens."""
+        layout, reference, old = self.rollout.layout, self.reference_logprobs, self.old_logprobs
+        return {
+            "reference_logprobs": None if reference is None else reference[tokens],
+            "old_logprobs": None if old is None else old[tokens],
+            "rollout_logprobs": self.rollout.logprobs[tokens],
+            "num_sequences": layout.num_sequences,
+            "num_tokens": layout.num_completion_tokens,
+        }
 
 
 def train(
@@ -44,15 +90,19 @@ def train(
     """Trains `policy` in place on the labelled rows of `source`, resuming where it was."""
     policy.set_trainable(settings.trainable)
     reference = policy.reference() if settings.beta > 0 else None
+    updates = settings.updates_per_rollout
     steps_per_epoch = math.ceil(len(source.rows) / settings.prompts_per_step)
     total_steps = math.ceil(settings.epochs * steps_per_epoch)
-    engine = Engine(policy, settings.optimizer, min(total_steps, settings.max_steps or total_steps))
+    total_steps = min(total_steps, settings.max_steps or total_steps)
+    engine = Engine(policy, settings.optimizer, total_steps * updates)
     stage.resume(engine)
-    report.start(engine.steps_done, engine.total_steps)
+    first_step = engine.steps_done // updates
+    # With one update the ratio is 1, and nothing is ever clipped.
+    report.start(first_step, total_steps, {"clip_ratio/region_mean"} if updates == 1 else ())
     rewards = dict(zip(settings.rewards, resolve(settings.rewards), strict=True))
     sampling = Sampling(**dataclasses.asdict(settings.rollout))
     for step, rows, prompts in source.steps(
-        engine.steps_done, engine.total_steps, settings.prompts_per_step, seed
+        first_step, total_steps, settings.prompts_per_step, seed
     ):
         with report.phase("rollout"):
             with torch.set_grad_enabled(settings.sharing != "released"):  # which encodes again
@@ -61,13 +111,12 @@ def train(
             rollout = generate(policy, embeddings.detach(), lengths, sampling, seeds)
         with report.phase("score"):
             texts = [source.tokenizer.decode(ids) for ids in rollout.completions()]
-            scores = score(rewards, settings.reward_weights, texts, [row.label for row in rows])
-            advantages, no_spread = group_advantages(scores["reward"], settings.advantage_eps)
-            advantages = advantages.to(policy.device)
+            scores = score(rewards, texts, [row.label for row in rows])
+            advantages, no_spread, _ = compare(scores, settings, policy.device)
+        experience = Experience(prompts, rollout, advantages)
         with report.phase("reference"):
-            reference_logps = None
             if reference is not None:
-                reference_logps = reference_logprobs(
+                experience.reference_logprobs = reference_logprobs(
                     reference,
                     prompts,
                     rollout.tokens,
@@ -77,122 +126,169 @@ def train(
                     settings.sharing,
                 )
         with report.phase("update"):
-            metrics = update(
-                policy, engine, prompts, embeddings, rollout, advantages, reference_logps, settings
-            )
-            learning_rate = engine.learning_rate
-            grad_norm = engine.step()
-        metrics |= group_metrics(scores, no_spread, rollout.stopped, rollout.layout)
-        metrics |= {"learning_rate": learning_rate, "grad_norm": grad_norm}
+            metrics = optimise(policy, engine, embeddings, experience, settings)
+        metrics |= group_metrics(
+            scores, settings.reward_weights, no_spread, rollout.stopped, rollout.layout
+        )
         report.step(step, metrics)
+        if step == first_step + 1:
+            report.kernels(dispatch.choices)
         report.completions(step, rows, texts, scores)
         stage.checkpoint(engine)
 
 
 def score(
-    rewards: Mapping[str, Reward],
-    weights: Sequence[float] | None,
-    texts: Sequence[str],
-    labels: Sequence[str],
+    rewards: Mapping[str, Reward], texts: Sequence[str], labels: Sequence[str]
 ) -> dict[str, Tensor]:
     """Scores of S completions, prompt by prompt.
 
     Args:
         rewards: name -> function of (text, label).
-        weights: one per reward, or None for 1 each.
         texts: S completions.
         labels: N labels; completions s * G .. belong to label s.
 
     Returns:
-        name -> [N, G] fp32 for each reward, and "reward", their weighted sum.
+        name -> [N, G] fp32 for each reward.
     """
     generations = len(texts) // len(labels)
-    scores = {
+    return {
         name: torch.tensor(
             [reward(text, labels[i // generations]) for i, text in enumerate(texts)],
             dtype=torch.float32,
         ).view(len(labels), generations)
         for name, reward in rewards.items()
     }
-    weighted = zip(weights or [1.0] * len(scores), scores.values(), strict=True)
-    return scores | {"reward": torch.stack([w * values for w, values in weighted]).sum(dim=0)}
+
+
+def compare(
+    scores: Mapping[str, Tensor], settings: GrpoConfig, device: torch.device
+) -> GroupAdvantages:
+    """Advantages [N, G] of completions with these scores, on `device`."""
+    return group_advantages(
+        torch.stack(list(scores.values()), dim=-1).to(device),  # [N, G, K]
+        eps=settings.advantage_eps,
+        scale=settings.advantage_scale,
+        baseline=settings.advantage_baseline,
+        weights=settings.reward_weights,
+        aggregation=settings.reward_aggregation,
+    )
+
+
+def loss_options(settings: GrpoConfig) -> LossOptions:
+    """The loss that a stage's settings describe."""
+    return LossOptions(
+        **dataclasses.asdict(settings.loss),
+        beta=settings.beta,
+        max_completion=settings.rollout.max_new_tokens,
+    )
+
+
+def optimise(
+    policy: OmniModel,
+    engine: Engine,
+    embeddings: Tensor,
+    experience: Experience,
+    settings: GrpoConfig,
+) -> dict[str, float]:
+    """All updates of one rollout; returns the means of their metrics.
+
+    Args:
+        policy: the model in training.
+        engine: takes an optimiser step per update.
+        embeddings: [sum P, H] of the prompts, under grad, for the first update.
+        experience: the rollout; gets its old log-probs.
+        settings: of the stage.
+    """
+    history = []
+    for number in range(settings.updates_per_rollout):
+        if number and settings.sharing != "released":
+            # Projectors and gate have moved; frozen towers, whose features came with the prompts,
+            # have not.
+            embeddings, _ = policy.encode(experience.prompts)
+        metrics, logprobs = update(policy, engine, embeddings, experience, settings)
+        if experience.old_logprobs is None:
+            experience.old_logprobs = logprobs
+        learning_rate = engine.learning_rate
+        history.append({**metrics, "learning_rate": learning_rate, "grad_norm": engine.step()})
+    return update_metrics(history)
 
 
 def update(
     policy: OmniModel,
     engine: Engine,
-    prompts: PromptBatch,
     embeddings: Tensor,
-    rollout: Rollout,
-    advantages: Tensor,
-    reference_logps: Tensor | None,
+    experience: Experience,
     settings: GrpoConfig,
-) -> dict[str, float]:
-    """Adds the gradients of one batch; returns its loss metrics.
+) -> tuple[dict[str, float], Tensor]:
+    """Adds the gradients of one batch; returns its loss metrics and the policy's log-probs [M].
 
     Args:
         policy: the model in training.
         engine: receives the gradients.
-        prompts: the N prompts (needed again only where `sharing` is "released").
-        embeddings: [sum P, H] of the prompts, under grad.
-        rollout: the S completions.
-        advantages: [N, G].
-        reference_logps: [M] or None where beta is 0.
-        settings: sharing, beta, temperature, budget.
+        embeddings: [sum P, H] of the prompts, under grad; not used where `sharing` is "released".
+        experience: what the loss is made of.
+        settings: sharing, loss, temperature, budget.
     """
+    leaf = embeddings.detach().requires_grad_()
     if settings.sharing == "released":
-        return _released_update(
-            policy, engine, prompts, rollout, advantages, reference_logps, settings
-        )
-    layout, leaf = rollout.layout, embeddings.detach().requires_grad_()
-    parts = []
-    budget, temperature = settings.micro_batch_tokens, settings.rollout.temperature
-    for part, rows, tokens, sequences in micro_batches(layout, budget, settings.sharing):
-        logprobs, entropy = completion_logprobs(
-            policy, leaf[rows], rollout.tokens[tokens], part, temperature, settings.sharing
-        )
-        loss, metrics = grpo_loss(
-            logprobs,
-            advantages.flatten()[sequences],
-            part,
-            reference_logprobs=None if reference_logps is None else reference_logps[tokens],
-            beta=settings.beta,
-            num_sequences=layout.num_sequences,
-        )
+        losses = _released_losses(policy, experience, settings)
+    else:
+        losses = _packed_losses(policy, leaf, experience, settings)
+    parts, logprobs = [], []
+    for loss, metrics, part_logprobs in losses:
         engine.backward(loss)
-        gap = (rollout.logprobs[tokens] - logprobs.detach()).abs()
-        parts.append(loss_metrics(loss, metrics, entropy, gap, len(rollout.tokens)))
-    if embeddings.requires_grad:  # not where the decoder alone trains
+        parts.append({"loss": loss.detach(), **metrics})
+        logprobs.append(part_logprobs)
+    if leaf.grad is not None and embeddings.requires_grad:  # not where the decoder alone trains
         embeddings.backward(leaf.grad)
-    return {key: sum(part[key] for part in parts) for key in parts[0]}
+    return loss_metrics(parts), torch.cat(logprobs)
 
 
-def _released_update(
-    policy: OmniModel,
-    engine: Engine,
-    prompts: PromptBatch,
-    rollout: Rollout,
-    advantages: Tensor,
-    reference_logps: Tensor | None,
-    settings: GrpoConfig,
-) -> dict[str, float]:
-    """The same gradients the released way: towers and prompt again for every completion."""
-    layout, parts = rollout.layout, []
-    spans = torch.arange(len(rollout.tokens)).split(list(layout.sequence_lengths))
-    for sequence, span in enumerate(spans):
+def _packed_losses(
+    policy: OmniModel, leaf: Tensor, experience: Experience, settings: GrpoConfig
+) -> Iterator[PartialLoss]:
+    """One loss per micro-batch of packed rows, whose logits never exist all at once."""
+    rollout, options = experience.rollout, loss_options(settings)
+    for part, rows, tokens, sequences in micro_batches(
+        rollout.layout, settings.micro_batch_tokens, settings.sharing
+    ):
+        chosen = rollout.tokens[tokens]
+        hidden = completion_predictors(policy, leaf[rows], chosen, part, settings.sharing)
+        found = linear_grpo_loss(
+            hidden,
+            policy.decoder.head_weight,
+            chosen,
+            experience.advantages.flatten()[sequences],
+            part,
+            options,
+            temperature=settings.rollout.temperature,
+            **experience.of(tokens),
+        )
+        yield found.loss, found.metrics, found.logprobs
+
+
+def _released_losses(
+    policy: OmniModel, experience: Experience, settings: GrpoConfig
+) -> Iterator[PartialLoss]:
+    """The same the released way: towers, prompt and full-length logits for every completion."""
+    rollout, options = experience.rollout, loss_options(settings)
+    layout, first = rollout.layout, 0
+    for sequence, length in enumerate(layout.sequence_lengths):
+        span = slice(first, first + length)
+        first += length
         index = int(layout.prompt_of_sequence[sequence])
         logprobs, entropy = released_logprobs(
-            policy, prompts.select([index]), rollout.tokens[span], settings.rollout.temperature
+            policy,
+            experience.prompts.select([index]),
+            rollout.tokens[span],
+            settings.rollout.temperature,
         )
         loss, metrics = grpo_loss(
             logprobs,
-            advantages.flatten()[sequence : sequence + 1],
-            GroupLayout.build([layout.prompt_lengths[index]], [[len(span)]], layout.device),
-            reference_logprobs=None if reference_logps is None else reference_logps[span],
-            beta=settings.beta,
-            num_sequences=layout.num_sequences,
+            experience.advantages.flatten()[sequence : sequence + 1],
+            GroupLayout.build([layout.prompt_lengths[index]], [[length]], layout.device),
+            options,
+            entropy=entropy,
+            **experience.of(span),
         )
-        engine.backward(loss)
-        gap = (rollout.logprobs[span] - logprobs.detach()).abs()
-        parts.append(loss_metrics(loss, metrics, entropy, gap, len(rollout.tokens)))
-    return {key: sum(part[key] for part in parts) for key in parts[0]}
+        yield loss, metrics, logprobs.detach()

@@ -90,7 +90,7 @@ class PromptSource:
     def steps(
         self, first_step: int, total_steps: int, batch_size: int, seed: int
     ) -> Iterator[tuple[int, list[ManifestRow], PromptBatch]]:
-        """Shuffled batches for optimiser steps `first_step` + 1 .. `total_steps`.
+        """Shuffled batches for steps `first_step` + 1 .. `total_steps`.
 
         The order of an epoch depends on the seed and the epoch alone, so a resumed run sees what
         the uninterrupted one would have seen.

@@ -96,7 +96,8 @@ class Run:
             content = json.dumps(self._fingerprint(earlier, earlier_settings, start))
             start = {"stage": earlier, "digest": _short_digest(content.encode())}
         fingerprint = self._fingerprint(name, settings, start)
-        return Stage(self.directory / name, fingerprint, settings.checkpoint_every)
+        updates = settings.updates_per_rollout if isinstance(settings, GrpoConfig) else 1
+        return Stage(self.directory / name, fingerprint, settings.checkpoint_every, updates)
 
     def model_fingerprint(self) -> dict[str, Any]:
         """All that decides what the model that the next stage starts from would answer."""

@@ -19,6 +19,28 @@ from fastomni_kernels import GroupLayout, gather_logprobs, linear_logprobs
 SHARING_MODES = ("true", "prompt", "released")
 
 
+def completion_predictors(
+    model: OmniModel,
+    prompt_embeddings: Tensor,
+    tokens: Tensor,
+    layout: GroupLayout,
+    sharing: str = "true",
+) -> Tensor:
+    """Hidden states [M, H] from which the head predicts each completion token.
+
+    Args:
+        model: the policy or the reference.
+        prompt_embeddings: [sum P, H] of the layout's prompts.
+        tokens: [M] completion tokens in the layout's order.
+        layout: prompts with their completions.
+        sharing: "true", or "prompt" to repeat each prompt's rows per completion.
+    """
+    rows = model.rows(prompt_embeddings, tokens, layout)
+    if sharing == "prompt":
+        rows, layout = rows[layout.repeat_rows], layout.repeated()
+    return model(rows, layout).index_select(0, layout.predictor_rows)
+
+
 def completion_logprobs(
     model: OmniModel,
     prompt_embeddings: Tensor,
@@ -26,6 +48,7 @@ def completion_logprobs(
     layout: GroupLayout,
     temperature: float = 1.0,
     sharing: str = "true",
+    with_entropy: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy [M], fp32, of each completion token.
 
@@ -36,13 +59,10 @@ def completion_logprobs(
         layout: prompts with their completions.
         temperature: of the distribution the tokens were drawn from.
         sharing: "true", or "prompt" to repeat each prompt's rows per completion.
+        with_entropy: False is faster; entropies are then all zeros.
     """
-    rows = model.rows(prompt_embeddings, tokens, layout)
-    if sharing == "prompt":
-        rows, layout = rows[layout.repeat_rows], layout.repeated()
-    hidden = model(rows, layout)
-    predictors = hidden.index_select(0, layout.predictor_rows)
-    return linear_logprobs(predictors, model.decoder.head_weight, tokens, temperature)
+    hidden = completion_predictors(model, prompt_embeddings, tokens, layout, sharing)
+    return linear_logprobs(hidden, model.decoder.head_weight, tokens, temperature, with_entropy)
 
 
 def released_logprobs(
@@ -86,7 +106,13 @@ def reference_logprobs(
     embeddings, _ = reference.encode(prompts)
     for part, rows, columns, _ in micro_batches(layout, micro_batch_tokens, sharing):
         logprobs, _ = completion_logprobs(
-            reference, embeddings[rows], tokens[columns], part, temperature, sharing
+            reference,
+            embeddings[rows],
+            tokens[columns],
+            part,
+            temperature,
+            sharing,
+            with_entropy=False,
         )
         pieces.append(logprobs)
     return torch.cat(pieces)

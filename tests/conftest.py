@@ -33,6 +33,11 @@ for folder in (ROOT, ROOT / "kernels"):
 
 os.environ.setdefault("USE_HUB_KERNELS", "0")
 
+# Without a GPU, kernels run in Triton's interpreter: to be chosen before triton is imported.
+# /dev/nvidiactl and not torch.cuda: torch is not imported for tests that do without it.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # A shell that starts a command in the background lets it ignore Ctrl-C, and children inherit that:
 # the tests of Ctrl-C would then wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -108,6 +113,11 @@ TOY_REWARD = '''
 def spread(text, label):
     """A score that differs between nearly any two texts."""
     return sum(map(ord, text)) % 7 / 6
+
+
+def length(text, label):
+    """Characters."""
+    return len(text)
 '''
 
 

@@ -14,6 +14,7 @@ from fastomni.config import (
     DataConfig,
     EvaluateConfig,
     GrpoConfig,
+    LossConfig,
     OptimizerConfig,
     RolloutConfig,
     SftConfig,
@@ -38,6 +39,14 @@ stages = st.builds(
     optimizer=optimizers,
     trainable=parts,
 )
+losses = st.builds(
+    LossConfig,
+    policy=st.sampled_from(["clip", "cispo", "sapo"]),
+    reduction=st.sampled_from(["grpo", "bnpo", "dapo", "dr_grpo"]),
+    clip_high=st.floats(0, 10),
+    mismatch=st.sampled_from(["none", "token_truncate", "sequence_mask"]),
+    entropy_coef=rates,
+)
 trainings = st.builds(
     GrpoConfig,
     manifest=names,
@@ -45,6 +54,8 @@ trainings = st.builds(
     prompts_per_step=counts,
     micro_batch_tokens=counts,
     rollout=st.builds(RolloutConfig, max_new_tokens=counts, temperature=rates),
+    updates_per_rollout=counts,
+    loss=losses,
     sharing=st.sampled_from(["true", "prompt", "released"]),
     reward_weights=st.none() | st.just([0.0, 0.1]),
     optimizer=optimizers,
@@ -75,7 +86,7 @@ def sections() -> list[type]:
     from fastomni import config as module
 
     found = [getattr(module, name) for name in module.__all__ if name.endswith("Config")]
-    assert len(found) == 10
+    assert len(found) == 11
     return found
 
 
@@ -89,6 +100,7 @@ def test_help_lists_every_key_once_or_where_it_stands() -> None:
     lines = text.splitlines()
     assert "rlvr.beta  (a number, default 0.04)" in lines
     assert "rlvr.sharing  (true|prompt|released, default 'true')" in lines
+    assert "rlvr.loss.policy  (clip|cispo|sapo, default 'clip')" in lines
     assert "rlvr.rollout.max_new_tokens  (an integer, required)" in lines
     assert "    The keys below coldstart are those of base." in lines
     assert (

@@ -13,14 +13,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastomni import grpo
 from fastomni.config import GrpoConfig
 from fastomni.engine import Engine
-from fastomni.grpo import score, update
+from fastomni.grpo import Experience, score, update
 from fastomni.model.omni import OmniModel, PromptBatch
 from fastomni.rollout import Rollout, Sampling, generate, sequence_seeds
 from fastomni.runs import Run
 from fastomni.scoring import reference_logprobs
 from fastomni_kernels import group_advantages
+
+ALONE = ("base=null", "coldstart=null", "evaluate=null")
 
 
 @dataclass
@@ -48,16 +51,8 @@ class Step:
         )
         engine = Engine(self.policy, settings.optimizer, total_steps=1)
         embeddings, _ = self.policy.encode(self.prompts)
-        metrics = update(
-            self.policy,
-            engine,
-            self.prompts,
-            embeddings,
-            self.rollout,
-            self.advantages,
-            logprobs,
-            settings,
-        )
+        experience = Experience(self.prompts, self.rollout, self.advantages, logprobs)
+        metrics, _ = update(self.policy, engine, embeddings, experience, settings)
         found = {n: p.grad.clone() for n, p in self.policy.named_parameters() if p.grad is not None}
         self.policy.zero_grad()
         return metrics, found
@@ -86,7 +81,7 @@ def step(load_toy: Callable[..., Any], finished_toy: Path) -> Step:
     seeds = sequence_seeds(0, 1, [row.id for row in rows], sampling.num_generations)
     rollout = generate(policy, embeddings, lengths, sampling, seeds)
     rewards = torch.tensor([[0.0, 1.0, 2.0], [1.0, 0.0, 0.0], [2.0, 1.0, 1.0]])
-    advantages, _ = group_advantages(rewards, 1e-4)
+    advantages, _, _ = group_advantages(rewards, 1e-4)
     return Step(policy, reference, prompts, rollout, advantages, config.rlvr)
 
 
@@ -100,7 +95,7 @@ def close(left: dict[str, Tensor], right: dict[str, Tensor], tolerance: float) -
 def test_the_step_has_something_to_learn(step: Step) -> None:
     metrics, found = step.computed(micro_batch_tokens=10**6)
     assert metrics["kl"] > 1e-4 and metrics["entropy"] > 1
-    assert metrics["rollout_logprob_gap"] < 1e-4
+    assert metrics["sampling/sampling_logp_difference/max"] < 1e-4
     trained = {name.split(".")[0] for name, tensor in found.items() if tensor.norm() > 0}
     assert trained == {"router", "projector", "audio_projector", "decoder"}
     assert not any("tower" in name or "bert_model" in name for name in found)
@@ -122,19 +117,14 @@ def test_the_three_ways_to_compute_a_step_agree(step: Step, sharing: str) -> Non
     close(found, ours, 1e-4)
 
 
-def test_scores_are_summed_by_weight_and_belong_to_their_label() -> None:
+def test_scores_belong_to_their_label() -> None:
     rewards = {
         "right": lambda text, label: float(text == label),
         "length": lambda text, label: float(len(text)),
     }
     texts, labels = ["a", "bb", "a", "c"], ["a", "c"]
-    right, length = [[1.0, 0.0], [0.0, 1.0]], [[1.0, 2.0], [1.0, 1.0]]
-    scores = score(rewards, None, texts, labels)
-    assert scores["right"].tolist() == right and scores["length"].tolist() == length
-    assert scores["reward"].tolist() == [[2.0, 2.0], [1.0, 2.0]]
-    weighted = score(rewards, [1.0, -0.5], texts, labels)
-    assert weighted["reward"].tolist() == [[0.5, -1.0], [-0.5, 0.5]]
-    assert weighted["right"].tolist() == right
+    scores = {name: values.tolist() for name, values in score(rewards, texts, labels).items()}
+    assert scores == {"right": [[1.0, 0.0], [0.0, 1.0]], "length": [[1.0, 2.0], [1.0, 1.0]]}
 
 
 def test_a_run_begins_on_its_reference_and_scores_what_it_says(
@@ -143,7 +133,7 @@ def test_a_run_begins_on_its_reference_and_scores_what_it_says(
     metrics = metrics_of(finished_toy / "rlvr")
     assert metrics[0]["kl"] == pytest.approx(0.0, abs=1e-9)
     assert metrics[-1]["kl"] > metrics[0]["kl"]
-    assert all(line["rollout_logprob_gap"] < 1e-4 for line in metrics)
+    assert all(line["sampling/sampling_logp_difference/mean"] < 1e-4 for line in metrics)
     assert [line["learning_rate"] for line in metrics] == pytest.approx([3e-4, 2e-4, 1e-4])
     for line in (finished_toy / "rlvr" / "completions.jsonl").read_text().splitlines():
         sample = json.loads(line)
@@ -161,7 +151,120 @@ def test_without_a_kl_there_is_no_reference_and_max_steps_ends_the_stage(
         raise AssertionError("beta is 0, and the reference was copied")
 
     monkeypatch.setattr(OmniModel, "reference", refuse)
-    options = ("base=null", "coldstart=null", "evaluate=null", "rlvr.beta=0", "rlvr.max_steps=2")
+    options = (*ALONE, "rlvr.beta=0", "rlvr.max_steps=2")
     metrics = metrics_of(train_toy(tmp_path, *options) / "rlvr")
     assert [line["step"] for line in metrics] == [1, 2]
-    assert "kl" not in metrics[0] or metrics[0]["kl"] == 0
+    assert "kl" not in metrics[0]
+
+
+def test_two_updates_a_rollout_are_one_step_that_clips(
+    train_toy: Callable[..., Path],
+    tmp_path: Path,
+    metrics_of: Callable[[Path], list[dict[str, float]]],
+) -> None:
+    loss = "rlvr.loss={clip_low: 0.001, clip_high: 0.001}"
+    options = (*ALONE, loss, "rlvr.updates_per_rollout=2", "rlvr.optimizer.lr=0.003")
+    folder = train_toy(tmp_path, *options) / "rlvr"
+    metrics = metrics_of(folder)
+    assert [line["step"] for line in metrics] == [1, 2, 3]
+    # Six optimiser steps fall linearly to 0; a line has the mean of its two.
+    rates = [0.003 * (1 - step / 6) for step in range(6)]
+    wanted = [(rates[i] + rates[i + 1]) / 2 for i in (0, 2, 4)]
+    assert [line["learning_rate"] for line in metrics] == pytest.approx(wanted)
+    for line in metrics:
+        assert 0 < line["clip_ratio/region_mean"] <= 0.5  # of the second update alone
+        assert line["ratio/min"] < 1 < line["ratio/max"]
+        assert line["sampling/sampling_logp_difference/max"] < 1e-4  # the old policy's
+    log = (folder / "log.txt").read_text().splitlines()
+    assert "  clip " in log[0] and log[0].startswith("rlvr 1/3  ")
+
+
+def test_one_update_a_rollout_never_clips_and_shows_no_share(
+    finished_toy: Path, metrics_of: Callable[[Path], list[dict[str, float]]]
+) -> None:
+    for line in metrics_of(finished_toy / "rlvr"):
+        assert line["clip_ratio/region_mean"] == 0
+        assert line["ratio/min"] == line["ratio/max"] == 1
+    assert "  clip " not in (finished_toy / "rlvr" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        "{policy: cispo, reduction: dapo, mismatch: token_truncate, mismatch_max: 2.0}",
+        "{policy: sapo, reduction: dr_grpo, entropy_coef: 0.01}",
+        "{ratio: sequence, reduction: bnpo, mismatch: sequence_mask, clip_low: 3e-4}",
+    ],
+)
+def test_other_losses_train(
+    loss: str,
+    train_toy: Callable[..., Path],
+    tmp_path: Path,
+    metrics_of: Callable[[Path], list[dict[str, float]]],
+) -> None:
+    options = (f"rlvr.loss={loss}", "rlvr.updates_per_rollout=2", "rlvr.rollout.top_k=20")
+    metrics = metrics_of(train_toy(tmp_path, *ALONE, *options, "rlvr.max_steps=2") / "rlvr")
+    assert len(metrics) == 2
+    for line in metrics:
+        assert line["grad_norm"] > 0
+        # Under top_k too the rollout's probabilities are the trainer's own.
+        assert line["sampling/importance_sampling_ratio/min"] == pytest.approx(1, abs=1e-3)
+        assert line["sampling/importance_sampling_ratio/max"] == pytest.approx(1, abs=1e-3)
+        assert line["rollout_kl"] == pytest.approx(0, abs=1e-6)
+
+
+def leave_one_out(rewards: list[list[float]]) -> Tensor:
+    total = 2 * torch.tensor(rewards[0]) - 0.3 * torch.tensor(rewards[1])
+    return total - (total.sum() - total) / 2
+
+
+def each_normalised(rewards: list[list[float]]) -> Tensor:
+    """With eps 0.5, of rewards one at a time and then of their sum."""
+    columns = [torch.tensor(column) for column in rewards]
+    first, second = ((c - c.mean()) / (c.std() + 0.5) for c in columns)
+    total = 2 * first - 0.3 * second
+    return (total - total.mean()) / (total.std() + 0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "formula"),
+    [
+        (("advantage_scale=none", "advantage_baseline=leave_one_out"), leave_one_out),
+        (("reward_aggregation=normalize_then_sum", "advantage_eps=0.5"), each_normalised),
+    ],
+)
+def test_advantages_follow_the_settings(
+    options: tuple[str, ...],
+    formula: Callable[[list[list[float]]], Tensor],
+    train_toy: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[Tensor] = []
+    optimise = grpo.optimise
+
+    def watch(*arguments: Any) -> dict[str, float]:
+        seen.append(arguments[3].advantages)
+        return optimise(*arguments)
+
+    monkeypatch.setattr(grpo, "optimise", watch)
+    always = (
+        'rewards=["toy_rewards:spread", "toy_rewards:length"]',
+        "reward_weights=[2.0, -0.3]",
+        "prompts_per_step=1",
+        "max_steps=1",
+    )
+    chosen = [f"rlvr.{option}" for option in (*options, *always)]
+    folder = train_toy(tmp_path, *ALONE, *chosen) / "rlvr"
+    sample = json.loads((folder / "completions.jsonl").read_text())
+    wanted = formula(list(sample["rewards"].values()))
+    assert wanted.abs().max() > 0.1
+    torch.testing.assert_close(seen[0], wanted[None], rtol=0, atol=1e-5)
+
+
+def test_the_log_says_once_which_kernels_run(finished_toy: Path) -> None:
+    lines = (finished_toy / "rlvr" / "log.txt").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith("rlvr kernels  "))
+    assert lines.index(line) == 1
+    for function in ("group_advantages", "linear_logprobs", "grpo_loss"):
+        assert function in line

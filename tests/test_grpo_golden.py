@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastomni.config import GrpoConfig, OptimizerConfig, RolloutConfig
 from fastomni.engine import Engine
-from fastomni.grpo import update
+from fastomni.grpo import Experience, update
 from fastomni.model import OmniModel, PromptBatch
 from fastomni.model.checkpoint import released_tensors
 from fastomni.rollout import Rollout
@@ -68,7 +68,7 @@ def settings(sharing: str) -> GrpoConfig:
 
 
 def test_advantages() -> None:
-    advantages, _ = group_advantages(GOLDEN["rewards"])
+    advantages, _, _ = group_advantages(GOLDEN["rewards"])
     torch.testing.assert_close(advantages, GOLDEN["advantages"], rtol=0, atol=1e-6)
 
 
@@ -101,21 +101,14 @@ def test_loss_and_gradients(model: OmniModel, prompts: PromptBatch, sharing: str
     engine = Engine(model, config.optimizer, total_steps=1)
     embeddings, _ = model.encode(prompts)
     rollout = Rollout(LAYOUT, packed("completions"), packed("logprobs"), [True] * 8)
-    metrics = update(
-        model,
-        engine,
-        prompts,
-        embeddings,
-        rollout,
-        GOLDEN["advantages"],
-        packed("reference_logprobs"),
-        config,
-    )
+    experience = Experience(prompts, rollout, GOLDEN["advantages"], packed("reference_logprobs"))
+    metrics, logprobs = update(model, engine, embeddings, experience, config)
+    torch.testing.assert_close(logprobs, packed("logprobs"), rtol=0, atol=2e-5)
     assert metrics["loss"] == pytest.approx(float(GOLDEN["loss"]), abs=1e-6)
     per_completion = [kl.mean() for kl in packed("kl").split(list(LAYOUT.sequence_lengths))]
     assert metrics["kl"] == pytest.approx(float(torch.stack(per_completion).mean()), abs=1e-5)
     assert metrics["entropy"] == pytest.approx(float(packed("entropies").mean()), abs=1e-5)
-    assert metrics["rollout_logprob_gap"] < 1e-5
+    assert metrics["sampling/sampling_logp_difference/mean"] < 1e-5
 
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     gradients = released_tensors(model, found)

@@ -240,6 +240,13 @@ def test_make_goes_on_after_a_failed_download(bare_machine: Path, broken: str) -
     assert "torchrun" in again.stdout
 
 
+def test_the_set_up_for_tests_brings_the_extras_that_have_some(bare_machine: Path) -> None:
+    child = make(bare_machine, ".venv/.ready-dev")
+    assert child.returncode == 0, child.stderr
+    last = "install -c constraints.txt --no-build-isolation -e .[dev,liger,trl]"
+    assert (bare_machine / "pip.log").read_text().splitlines() == [*INSTALLS, last]
+
+
 def test_make_says_what_a_machine_lacks(bare_machine: Path) -> None:
     child = make(bare_machine, "train", NO_VENV="1")
     assert child.returncode != 0

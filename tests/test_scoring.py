@@ -20,7 +20,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from fastomni.config import GrpoConfig, OptimizerConfig, RolloutConfig
 from fastomni.engine import Engine
-from fastomni.grpo import update
+from fastomni.grpo import Experience, update
 from fastomni.model import OmniModel, PromptBatch
 from fastomni.model.checkpoint import released_tensors
 from fastomni.model.presets import build
@@ -123,16 +123,9 @@ class Batch:
             torch.zeros(len(self.tokens)),
             [False] * self.layout.num_sequences,
         )
-        metrics = update(
-            self.model,
-            Engine(self.model, config.optimizer, 1),
-            PromptBatch([], []),
-            self.prompts * 1,
-            rollout,
-            self.advantages,
-            self.reference,
-            config,
-        )
+        engine = Engine(self.model, config.optimizer, 1)
+        experience = Experience(PromptBatch([], []), rollout, self.advantages, self.reference)
+        metrics, _ = update(self.model, engine, self.prompts * 1, experience, config)
         found = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
         gradients = {n: g.clone() for n, g in released_tensors(self.model, found).items()}
         assert self.prompts.grad is not None

@@ -72,8 +72,8 @@ class Engine:
         if norm != norm or norm == float("inf"):
             self._optimizer.zero_grad()
             raise NonFiniteGradient(
-                f"step {self.steps_done + 1}: the gradient norm is {norm}; no weight was changed. "
-                "Lower optimizer.lr, or look at this step's clips and rewards"
+                f"optimiser step {self.steps_done + 1}: the gradient norm is {norm}; no weight was "
+                "changed. Lower optimizer.lr, or look at this step's clips and rewards"
             )
         for group in self._optimizer.param_groups:
             group["lr"] = self.learning_rate

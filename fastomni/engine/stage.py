@@ -1,6 +1,7 @@
 """One stage of a run on disk: whether it is done, where it stopped, what it made.
 
-    output_dir/<stage>/checkpoints/step-NNNNNN   while it runs (one at a time, always whole)
+    output_dir/<stage>/checkpoints/step-NNNNNN   while it runs (one at a time, always whole), by
+                                                 the number of optimiser steps
     output_dir/<stage>/model                     when it is done, with stage.json
 
 A stage remembers a fingerprint of everything that decides its result (settings, seed, data and the
@@ -35,18 +36,24 @@ class Stage:
     Args:
         directory: output_dir/<stage>.
         fingerprint: JSON of all that decides the result.
-        checkpoint_every: optimiser steps between checkpoints.
+        checkpoint_every: steps, as they are logged, between checkpoints.
+        updates_per_step: optimiser steps in each of them; no checkpoint falls between these.
 
     Attributes:
         phase: times a named part of a step; the owner of a report puts its own here.
     """
 
     def __init__(
-        self, directory: Path, fingerprint: dict[str, Any], checkpoint_every: int = 50
+        self,
+        directory: Path,
+        fingerprint: dict[str, Any],
+        checkpoint_every: int = 50,
+        updates_per_step: int = 1,
     ) -> None:
         self.directory = directory
         self._fingerprint = json.loads(json.dumps(fingerprint))
         self._checkpoint_every = checkpoint_every
+        self._updates_per_step = updates_per_step
         self.phase: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext()
 
     @property
@@ -88,11 +95,12 @@ class Stage:
         if checkpoint is None:
             return
         engine.resume(checkpoint)
-        print(f"resuming at step {engine.steps_done} from {checkpoint}", flush=True)
+        step = engine.steps_done // self._updates_per_step
+        print(f"resuming at step {step} from {checkpoint}", flush=True)
 
     def checkpoint(self, engine: Engine) -> None:
-        """Saves every `checkpoint_every` steps; older checkpoints go."""
-        if engine.steps_done % self._checkpoint_every:
+        """Saves every `checkpoint_every` steps; older checkpoints go. Called after each step."""
+        if engine.steps_done % (self._checkpoint_every * self._updates_per_step):
             return
         folder = self.directory / "checkpoints"
         with self.phase("checkpoint"):

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastomni.model.config import OmniConfig
+from fastomni.model.elementwise import rms_norm, rotate, swiglu
 from fastomni_kernels import GroupLayout, prefix_attention, prefix_decode
 
 
@@ -50,8 +50,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Normalises the last axis of [..., H]."""
-        normed = F.rms_norm(hidden.float(), (hidden.shape[-1],), None, self.eps)
-        return self.weight * normed.to(hidden.dtype)
+        return rms_norm(hidden, self.weight, self.eps)
 
 
 class DecoderLayer(nn.Module):
@@ -76,15 +75,13 @@ class DecoderLayer(nn.Module):
         rotated, values = heads.split(
             (self.query_heads + self.key_value_heads, self.key_value_heads), dim=1
         )
-        rotated = rotate(rotated, rotation)
-        queries, keys = rotated.split((self.query_heads, self.key_value_heads), dim=1)
-        return queries, keys, values
+        return *rotate(rotated, rotation, self.query_heads), values
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """Output projection, residuals and the feed-forward part; all [T, H]."""
         hidden = hidden + self.o_proj(attended.flatten(1))
-        gate, up = self.gate_up(self.post_attention_layernorm(hidden)).chunk(2, dim=-1)
-        return hidden + self.down_proj(F.silu(gate) * up)
+        gate_up = self.gate_up(self.post_attention_layernorm(hidden))
+        return hidden + self.down_proj(swiglu(gate_up))
 
 
 class Decoder(nn.Module):
@@ -175,9 +172,3 @@ def rotary(positions: Tensor, config: OmniConfig, dtype: torch.dtype) -> tuple[T
         torch.cat((cosines, cosines), dim=-1)[:, None].to(dtype),
         torch.cat((-sines, sines), dim=-1)[:, None].to(dtype),
     )
-
-
-def rotate(heads: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotates [T, heads, D] by position: the first half of D pairs with the second."""
-    cosines, sines = rotation
-    return heads * cosines + heads.roll(heads.shape[-1] // 2, dims=-1) * sines

@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
 
+import torch
 from torch import Tensor
 
 from fastomni_kernels import GroupLayout
 
 
 def group_metrics(
-    scores: Mapping[str, Tensor], no_spread: Tensor, stopped: Sequence[bool], layout: GroupLayout
+    scores: Mapping[str, Tensor],
+    weights: Sequence[float] | None,
+    no_spread: Tensor,
+    stopped: Sequence[bool],
+    layout: GroupLayout,
 ) -> dict[str, float]:
     """Metrics of a batch of groups.
 
     Args:
-        scores: reward name -> [N, G]; "reward" is their weighted sum.
+        scores: reward name -> [N, G].
+        weights: one per reward, or None for 1 each; `reward` is the rewards' weighted sum.
         no_spread: [N] bool, groups whose rewards are all equal.
         stopped: per sequence, whether it ended with a stop token.
         layout: lengths of the completions.
     """
     lengths = layout.sequence_lengths
-    metrics = {"reward": float(scores["reward"].mean())}
+    factors = torch.tensor(weights or [1.0] * len(scores))
+    reward = torch.stack(list(scores.values()), dim=-1) @ factors  # [N, G]
+    metrics = {"reward": float(reward.mean())}
     for name, values in scores.items():
-        if name != "reward":
-            metrics[f"rewards/{name}/mean"] = float(values.mean())
-            metrics[f"rewards/{name}/std"] = float(values.std())
+        metrics[f"rewards/{name}/mean"] = float(values.mean())
+        metrics[f"rewards/{name}/std"] = float(values.std())
     return metrics | {
-        "reward_std": float(scores["reward"].std(dim=1).mean()),
+        "reward_std": float(reward.std(dim=1).mean()),
         "frac_reward_zero_std": float(no_spread.float().mean()),
         "completions/mean_length": sum(lengths) / len(lengths),
         "completions/min_length": float(min(lengths)),
@@ -37,24 +45,33 @@ def group_metrics(
     }
 
 
-def loss_metrics(
-    loss: Tensor, metrics: Mapping[str, Tensor], entropy: Tensor, gap: Tensor, num_tokens: int
-) -> dict[str, float]:
-    """A micro-batch's share of the step's loss metrics: summed over micro-batches they are whole.
+def loss_metrics(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+    """A batch's loss metrics from those of its micro-batches.
 
     Args:
-        loss: the micro-batch's share of the loss.
-        metrics: shares of other metrics, as `grpo_loss` gives them.
-        entropy: [M] of the micro-batch's tokens.
-        gap: [M], |rollout log-prob - training log-prob|.
-        num_tokens: completion tokens of the whole batch.
+        parts: per micro-batch name -> scalar, shares of the batch's as the losses of
+            `fastomni_kernels` give them: they add up, but for names that end in /min and /max.
     """
+    names = list(parts[0])
+    scalars = [part[name].detach().float() for part in parts for name in names]
+    table = torch.stack(scalars).tolist()  # one transfer for all
     return {
-        "loss": float(loss.detach()),
-        **{name: float(value) for name, value in metrics.items()},
-        "entropy": float(entropy.detach().sum()) / num_tokens,
-        "rollout_logprob_gap": float(gap.sum()) / num_tokens,
+        name: _combined(name, table[column :: len(names)], sum) for column, name in enumerate(names)
     }
+
+
+def update_metrics(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """A step's metrics from those of its updates: means, and the ends of /min and /max."""
+    return {
+        name: _combined(name, [update[name] for update in updates], fmean) for name in updates[0]
+    }
+
+
+def _combined(
+    name: str, values: Sequence[float], otherwise: Callable[[Sequence[float]], float]
+) -> float:
+    end = name.rpartition("/")[2]
+    return {"min": min, "max": max}.get(end, otherwise)(values)
 
 
 def recall_scores(

@@ -75,7 +75,7 @@ def draw_curves(
         _prepare(axes, title)
         _curve(axes, points, COLOURS[stage], limits)
         if index >= count - columns:
-            axes.set_xlabel("optimiser step", color=INK, fontsize=8.5)
+            axes.set_xlabel("step", color=INK, fontsize=8.5)
     if evaluation:
         axes = figure.add_subplot(rows, columns, count)
         _prepare(axes, "Test sets: WAR (%)")

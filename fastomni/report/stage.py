@@ -11,7 +11,7 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,6 +30,7 @@ COLUMNS = (
     ("rewards/format/mean", "fmt", ".2f"),
     ("frac_reward_zero_std", "zero-std", ".0%"),
     ("kl", "kl", ".4f"),
+    ("clip_ratio/region_mean", "clip", ".1%"),
     ("entropy", "ent", ".2f"),
     ("completions/mean_length", "len", ".0f"),
     ("tokens_per_second", "tok/s", ".0f"),
@@ -45,7 +46,7 @@ class StageReport:
         directory: the stage's folder; gets `metrics.jsonl`, `completions.jsonl`, `log.txt` and
             `tensorboard/`.
         name: of the stage, as printed.
-        log_every: optimiser steps between lines of the log (every step is in `metrics.jsonl`).
+        log_every: steps between lines of the log (every step is in `metrics.jsonl`).
 
     Attributes:
         count_skipped: clips left out so far; None where an unreadable one ends the run.
@@ -58,6 +59,7 @@ class StageReport:
         self._phases: dict[str, float] = {}
         self._started = time.perf_counter()
         self._total_steps = 0
+        self._hidden: Collection[str] = ()
         self._writer: SummaryWriter | None = None
         self._display: StageDisplay | None = None
 
@@ -67,9 +69,15 @@ class StageReport:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def start(self, first_step: int, total_steps: int) -> None:
-        """Begins at a step; lines of later steps, from a run that was cut off, are dropped."""
-        self._total_steps = total_steps
+    def start(self, first_step: int, total_steps: int, hidden: Collection[str] = ()) -> None:
+        """Begins at a step; lines of later steps, from a run that was cut off, are dropped.
+
+        Args:
+            first_step: steps done before.
+            total_steps: steps of the stage.
+            hidden: metrics among `COLUMNS` that say nothing in this run; written, but not shown.
+        """
+        self._total_steps, self._hidden = total_steps, hidden
         for name, step_of in (
             ("metrics.jsonl", _step_of),
             ("completions.jsonl", _step_of),
@@ -97,7 +105,7 @@ class StageReport:
         self._phases[name] = self._phases.get(name, 0.0) + time.perf_counter() - begin
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes the metrics of optimiser step `step` (1-based) and shows them."""
+        """Writes the metrics of step `step` (1-based) and shows them."""
         seconds = time.perf_counter() - self._started
         times = {f"seconds/{name}": value for name, value in self._phases.items()}
         times["seconds/data"] = max(0.0, seconds - sum(self._phases.values()))
@@ -120,7 +128,9 @@ class StageReport:
             for name, value in record.items():
                 self._writer.add_scalar(name, value, step)
         shown = [
-            (label, format(record[key], form)) for key, label, form in COLUMNS if key in record
+            (label, format(record[key], form))
+            for key, label, form in COLUMNS
+            if key in record and key not in self._hidden
         ]
         shown.append(("mem", f"{peak_memory_gib():.1f}G"))
         shares = {
@@ -138,6 +148,23 @@ class StageReport:
         self._phases.clear()
         self._started = time.perf_counter()
 
+    def kernels(self, choices: Mapping[tuple[str, str], str]) -> None:
+        """Says in one line which implementations have run so far, and why.
+
+        Args:
+            choices: (function, backend) -> reason, as `fastomni_kernels.dispatch.choices`.
+        """
+        functions: dict[tuple[str, str], list[str]] = {}
+        for (function, backend), reason in choices.items():
+            functions.setdefault((backend, reason), []).append(function)
+        parts = [
+            f"{backend}: {', '.join(names)} ({reason})"
+            for (backend, reason), names in functions.items()
+        ]
+        line = f"{self._name} kernels  {'; '.join(parts)}"
+        self._append("log.txt", line)
+        print(line, flush=True)
+
     def completions(
         self,
         step: int,
@@ -147,7 +174,7 @@ class StageReport:
     ) -> None:
         """Keeps the completions of the step's first clip with their rewards."""
         rewards = {name: values[0].tolist() for name, values in scores.items()}
-        generations = len(rewards["reward"])
+        generations = len(next(iter(rewards.values())))
         record = {
             "step": step,
             "id": rows[0].id,

@@ -1,16 +1,21 @@
 """fastomni_kernels: attention, log-probabilities, loss and sampling for group rollouts.
 
 Everything works on packed rows, `[prompt | c1 | ... | cG]` per group, described by a `GroupLayout`.
-Nothing but torch is imported; the definitions are in `reference`, the choice between
-implementations is in `ops`.
+Importing it imports torch and nothing else; triton comes in when the first kernel runs. The
+definitions are in `reference`, the choice between implementations is in `dispatch`.
 """
 
 from fastomni_kernels.layout import GroupLayout
 from fastomni_kernels.ops import (
+    GroupAdvantages,
+    LinearLoss,
+    LossOptions,
+    flash_varlen,
     gather_logprobs,
     group_advantages,
     grpo_loss,
     kl_penalty,
+    linear_grpo_loss,
     linear_logprobs,
     prefix_attention,
     prefix_decode,
@@ -18,11 +23,16 @@ from fastomni_kernels.ops import (
 )
 
 __all__ = [
+    "GroupAdvantages",
     "GroupLayout",
+    "LinearLoss",
+    "LossOptions",
+    "flash_varlen",
     "gather_logprobs",
     "group_advantages",
     "grpo_loss",
     "kl_penalty",
+    "linear_grpo_loss",
     "linear_logprobs",
     "prefix_attention",
     "prefix_decode",

@@ -14,12 +14,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import accumulate, chain
 from typing import SupportsIndex
 
 import torch
 from torch import Tensor
+
+from fastomni_kernels.lazily import lazily
 
 
 def _concatenated_ranges(starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
@@ -104,7 +105,7 @@ class GroupLayout:
         """N."""
         return len(self.prompt_lengths)
 
-    @cached_property
+    @lazily
     def sequence_lengths(self) -> tuple[int, ...]:
         """C_s of all S completions, prompt by prompt."""
         return tuple(chain.from_iterable(self.completion_lengths))
@@ -124,33 +125,33 @@ class GroupLayout:
         """M."""
         return self.token_offsets[-1]
 
-    @cached_property
+    @lazily
     def max_prompt(self) -> int:
         """Tokens of the longest prompt."""
         return max(self.prompt_lengths)
 
-    @cached_property
+    @lazily
     def max_completion(self) -> int:
         """Tokens of the longest completion, 0 where there is none."""
         return max(self.sequence_lengths, default=0)
 
-    @cached_property
+    @lazily
     def group_offsets(self) -> tuple[int, ...]:
         """N + 1 rows: group i is rows `group_offsets[i] : group_offsets[i + 1]`."""
         rows = zip(self.prompt_lengths, map(sum, self.completion_lengths), strict=True)
         return tuple(accumulate(map(sum, rows), initial=0))
 
-    @cached_property
+    @lazily
     def sequence_offsets(self) -> tuple[int, ...]:
         """N + 1 sequences: prompt i owns `sequence_offsets[i] : sequence_offsets[i + 1]`."""
         return tuple(accumulate(map(len, self.completion_lengths), initial=0))
 
-    @cached_property
+    @lazily
     def token_offsets(self) -> tuple[int, ...]:
         """N + 1 completion tokens: prompt i owns `token_offsets[i] : token_offsets[i + 1]`."""
         return tuple(accumulate(map(sum, self.completion_lengths), initial=0))
 
-    @cached_property
+    @lazily
     def sequence_rows(self) -> tuple[int, ...]:
         """S rows where each completion begins (an empty one: where it would begin)."""
         starts: list[int] = []
@@ -164,7 +165,7 @@ class GroupLayout:
     def _counts(self, values: Sequence[int], dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.tensor(values, dtype=dtype).to(self.device)
 
-    @cached_property
+    @lazily
     def positions(self) -> Tensor:
         """[T]: position of each row; every completion restarts at its prompt's length."""
         starts: list[int] = []
@@ -174,17 +175,17 @@ class GroupLayout:
             lengths += [prompt, *completions]
         return _concatenated_ranges(starts, lengths).to(self.device)
 
-    @cached_property
+    @lazily
     def prompt_rows(self) -> Tensor:
         """[sum P]: row of each prompt token."""
         return _concatenated_ranges(self.group_offsets[:-1], self.prompt_lengths).to(self.device)
 
-    @cached_property
+    @lazily
     def completion_rows(self) -> Tensor:
         """[M]: row of each completion token."""
         return _concatenated_ranges(self.sequence_rows, self.sequence_lengths).to(self.device)
 
-    @cached_property
+    @lazily
     def predictor_rows(self) -> Tensor:
         """[M]: row whose hidden state predicts each completion token.
 
@@ -204,36 +205,36 @@ class GroupLayout:
             rows[torch.tensor(tokens)] = torch.tensor(values)
         return rows.to(self.device)
 
-    @cached_property
+    @lazily
     def sequence_of_token(self) -> Tensor:
         """[M]: sequence 0 .. S - 1 of each completion token."""
         counts = torch.tensor(self.sequence_lengths, dtype=torch.int64)
         return torch.repeat_interleave(torch.arange(len(counts)), counts).to(self.device)
 
-    @cached_property
+    @lazily
     def index_in_completion(self) -> Tensor:
         """[M]: 0 for the first token of each completion, 1 for the second, ..."""
         starts = [0] * self.num_sequences
         return _concatenated_ranges(starts, self.sequence_lengths).to(self.device)
 
-    @cached_property
+    @lazily
     def prompt_of_sequence(self) -> Tensor:
         """[S]: prompt 0 .. N - 1 of each sequence."""
         counts = torch.tensor([len(group) for group in self.completion_lengths])
         return torch.repeat_interleave(torch.arange(len(counts)), counts).to(self.device)
 
-    @cached_property
+    @lazily
     def completion_length_tensor(self) -> Tensor:
         """[S]: C_s."""
         return self._counts(self.sequence_lengths)
 
-    @cached_property
+    @lazily
     def cu_completions(self) -> Tensor:
         """[S + 1] int32: completion tokens before each sequence."""
         offsets = tuple(accumulate(self.sequence_lengths, initial=0))
         return self._counts(offsets, torch.int32)
 
-    @cached_property
+    @lazily
     def cu_prompts(self) -> Tensor:
         """[N + 1] int32: prompt tokens before each prompt (not rows: prompts packed alone)."""
         return self._counts(tuple(accumulate(self.prompt_lengths, initial=0)), torch.int32)
@@ -251,7 +252,7 @@ class GroupLayout:
             completions += [(length,) for length in group] or [()]
         return GroupLayout(tuple(prompts), tuple(completions), self.device)
 
-    @cached_property
+    @lazily
     def repeat_rows(self) -> Tensor:
         """[T of the repeated layout]: `rows_repeated = rows[repeat_rows]`."""
         starts: list[int] = []

@@ -1,11 +1,10 @@
-"""Log-probability and entropy of chosen tokens, with and without logits that exist already.
+"""Log-probability and entropy of chosen tokens, from logits or from hidden states and the head.
 
-`linear_logprobs` is fused with the language-model head: it makes the logits of a few rows at a
-time, keeps three numbers per row, and makes the same logits again in the backward. The decision
-that is not obvious: `gather_logprobs` takes the same two formulas (value and gradient) instead of
-leaving its backward to autograd, so the two can never disagree.
+Both functions check their arguments and call an operator; the operator chooses the implementation.
+The decision that is not obvious: the operators keep the log-sum-exp and the entropy of each row
+and make everything else again in the backward, so nothing of the size of the logits is saved.
 
-Shapes: M completion tokens, n rows of a chunk, H hidden, V vocabulary.
+Shapes: M completion tokens, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,150 +13,62 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-# Bound on the logits of one chunk and their working copy.
-DEFAULT_CHUNK_BYTES = 64 * 2**20
-
-
-def widened(x: Tensor) -> Tensor:
-    """Return `x` in fp32, or in its own dtype where that is wider."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _logprob_statistics(
-    logits: Tensor, ids: Tensor, with_entropy: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return log-prob of `ids`, entropy and log-sum-exp of each row [n, V]; overwrites `logits`."""
-    largest = logits.amax(-1, keepdim=True)
-    shifted = logits.sub_(largest)
-    target = shifted.gather(-1, ids[:, None]).squeeze(-1)
-    if with_entropy:
-        weights = shifted.exp()
-        total = weights.sum(-1)
-        # The clamp keeps 0 * -inf of a masked logit from being NaN.
-        shifted.clamp_(min=torch.finfo(shifted.dtype).min)
-        entropy = total.log() - weights.mul_(shifted).sum(-1) / total
-    else:
-        total = shifted.exp_().sum(-1)
-        entropy = torch.zeros_like(total)
-    log_total = total.log()
-    return target - log_total, entropy, largest.squeeze(-1) + log_total
+from fastomni_kernels import chunked_logprobs, dispatch, library
+from fastomni_kernels.checks import (
+    check_float,
+    check_id_range,
+    check_ids,
+    check_shape,
+    check_temperature,
+    require,
+)
+from fastomni_kernels.chunked_logprobs import DEFAULT_CHUNK_BYTES
 
 
-def _logit_gradient(
+def gather_logprobs(
     logits: Tensor,
     ids: Tensor,
-    normaliser: Tensor,
-    entropy: Tensor,
-    grad_logprobs: Tensor | None,
-    grad_entropy: Tensor | None,
-) -> Tensor:
-    """Return the gradient [n, V] of a row's log-prob and entropy; overwrites `logits`.
-
-    d logp_i / d z_j = [j = i] - p_j and d entropy / d z_j = -p_j (log p_j + entropy).
-    """
-    log_p = logits.sub_(normaliser[:, None])
-    grad = log_p.exp()
-    if grad_entropy is not None:
-        log_p.clamp_(min=torch.finfo(log_p.dtype).min)
-        factor = log_p.add_(entropy[:, None]).mul_(-grad_entropy[:, None])
-        if grad_logprobs is not None:
-            factor.sub_(grad_logprobs[:, None])
-        grad.mul_(factor)
-    elif grad_logprobs is not None:
-        grad.mul_(-grad_logprobs[:, None])
-    if grad_logprobs is not None:
-        grad.scatter_add_(-1, ids[:, None], grad_logprobs[:, None])
-    return grad
-
-
-class _GatherLogprobs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
-        ctx.temperature = temperature
-        statistics = _logprob_statistics(widened(logits) / temperature, ids, with_entropy=True)
-        logprobs, entropy, normaliser = statistics
-        ctx.save_for_backward(logits, ids, normaliser, entropy)
-        return logprobs, entropy
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grads[0] is None and grads[1] is None:
-            return None, None, None
-        logits, ids, normaliser, entropy = ctx.saved_tensors
-        tempered = widened(logits) / ctx.temperature
-        grad = _logit_gradient(tempered, ids, normaliser, entropy, *grads)
-        return grad.div_(ctx.temperature).to(logits.dtype), None, None
-
-
-def gather_logprobs(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    temperature: float = 1.0,
+    inplace_backward: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
     """Return the log-probability of each id, and the entropy, under softmax(logits / temperature).
 
     Args:
-        logits: [M, V], -inf allowed for tokens that cannot be.
-        ids: [M] int64.
+        logits: [M, V] any float dtype and strides; -inf for tokens that cannot be.
+        ids: [M] int64. Ids outside the vocabulary are refused on the CPU; on a GPU, where looking
+            would stop the stream, they give NaN.
         temperature: > 0; divides the logits in fp32.
+        inplace_backward: the backward writes the gradient over the logits, which saves memory of
+            their size. They hold no logits afterwards, and whoever goes through them again in a
+            backward gets an error. Without gradients it means nothing; under `torch.compile` the
+            gradient gets memory of its own all the same.
+        backend: "auto", "triton" or "reference".
 
     Returns:
-        (logprobs, entropy), each [M] fp32 (fp64 for fp64 logits), nats; both differentiable.
+        (logprobs, entropy), each [M] fp32 (fp64 for fp64 logits), nats; both differentiable, once.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, ids out of range on the CPU, a
+            temperature that is not positive, or logits whose memory cannot take a gradient.
     """
-    return _GatherLogprobs.apply(logits, ids, temperature)
-
-
-class _LinearLogprobs(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        ids: Tensor,
-        temperature: float,
-        with_entropy: bool,
-        chunk_rows: int,
-    ) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
-        ctx.temperature, ctx.chunk_rows = temperature, chunk_rows
-        scaled, wide_weight = widened(hidden) / temperature, widened(weight)
-        saved = torch.empty(3, len(ids), dtype=scaled.dtype, device=scaled.device)
-        for start in range(0, len(ids), chunk_rows):
-            rows = slice(start, start + chunk_rows)
-            logits = scaled[rows] @ wide_weight.T
-            logprobs, entropy, normaliser = _logprob_statistics(logits, ids[rows], with_entropy)
-            saved[0, rows], saved[1, rows], saved[2, rows] = logprobs, entropy, normaliser
-        # Copies, because outputs that are views of one tensor may not be changed in place.
-        logprobs, entropy, normaliser = (x.clone() for x in saved)
-        ctx.save_for_backward(hidden, weight, ids, entropy, normaliser)
-        if not with_entropy:
-            ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, ids, entropy, normaliser = ctx.saved_tensors
-        unused = (None,) * 4
-        if grads[0] is None and grads[1] is None:
-            return None, None, *unused
-        scaled, wide_weight = widened(hidden) / ctx.temperature, widened(weight)
-        grad_hidden = torch.empty_like(scaled) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(wide_weight) if ctx.needs_input_grad[1] else None
-        for start in range(0, len(ids), ctx.chunk_rows):
-            rows = slice(start, start + ctx.chunk_rows)
-            logits = scaled[rows] @ wide_weight.T
-            chunk_grads = (None if grad is None else grad[rows] for grad in grads)
-            grad = _logit_gradient(logits, ids[rows], normaliser[rows], entropy[rows], *chunk_grads)
-            if grad_hidden is not None:
-                torch.mm(grad, wide_weight, out=grad_hidden[rows])
-            if grad_weight is not None:
-                grad_weight.addmm_(grad.T, scaled[rows])
-        if grad_hidden is not None:
-            grad_hidden = grad_hidden.div_(ctx.temperature).to(hidden.dtype)
-        if grad_weight is not None:
-            grad_weight = grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, *unused
+    name = "gather_logprobs"
+    if not torch.compiler.is_compiling():
+        check_shape(name, "logits", logits, ("M", "V"))
+        require(
+            logits.shape[1] > 0,
+            f"{name}: logits has shape {list(logits.shape)}; V must be 1 or more",
+        )
+        check_shape(name, "ids", ids, (logits.shape[0],))
+        check_float(name, logits=logits)
+        check_ids(name, ids, logits)
+        check_temperature(name, temperature)
+        if inplace_backward and logits.requires_grad and torch.is_grad_enabled():
+            _check_overwritable(name, logits)
+    operator = torch.ops.fastomni.gather_logprobs
+    logprobs, entropy, _ = operator(logits, ids, temperature, inplace_backward, backend)
+    return logprobs, entropy
 
 
 def linear_logprobs(
@@ -167,23 +78,252 @@ def linear_logprobs(
     temperature: float = 1.0,
     with_entropy: bool = True,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Return `gather_logprobs(hidden @ weight.T, ids, temperature)` without ever having the logits.
 
     Args:
-        hidden: [M, H] rows that predict the tokens.
-        weight: [V, H] of the language-model head.
-        ids: [M] int64.
+        hidden: [M, H] rows that predict the tokens; any float dtype.
+        weight: [V, H] of the language-model head; any float dtype.
+        ids: [M] int64. Ids outside the vocabulary are refused on the CPU; on a GPU, where looking
+            would stop the stream, they give NaN.
         temperature: > 0; divides the logits in fp32.
-        with_entropy: False saves a third of the forward; the entropy returned is then all zeros
-            and carries no gradient.
-        chunk_bytes: bound on the logits and their one working copy together; a single row is made
-            however small it is. It changes speed and memory, results only by rounding.
+        with_entropy: False saves part of the forward; the entropy returned is then all zeros and
+            carries no gradient.
+        chunk_bytes: bound on the logits, working copies and widened weights that exist at a time
+            where plain torch runs (the kernels have tiles of their own). It changes speed and
+            memory, results only by rounding.
+        backend: "auto", "triton" or "reference".
 
     Returns:
-        (logprobs, entropy), each [M] fp32 (fp64 for fp64 inputs), nats; differentiable in hidden
-        and weight, through log-probs and entropy both.
+        (logprobs, entropy), each [M] fp32 (fp64 for fp64 inputs), nats; differentiable, once, in
+        hidden and weight, through log-probs and entropy both.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, ids out of range on the CPU, a
+            temperature that is not positive, or no room for chunks.
     """
-    dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
-    chunk_rows = max(1, chunk_bytes // (2 * weight.shape[0] * dtype.itemsize))
-    return _LinearLogprobs.apply(hidden, weight, ids, temperature, with_entropy, chunk_rows)
+    name = "linear_logprobs"
+    if not torch.compiler.is_compiling():
+        check_shape(name, "hidden", hidden, ("M", "H"))
+        check_shape(name, "weight", weight, ("V", hidden.shape[1]))
+        require(
+            len(weight) > 0, f"{name}: weight has shape {list(weight.shape)}; V must be 1 or more"
+        )
+        check_shape(name, "ids", ids, (hidden.shape[0],))
+        check_float(name, hidden=hidden, weight=weight)
+        check_ids(name, ids, hidden)
+        check_temperature(name, temperature)
+        require(chunk_bytes > 0, f"{name}: chunk_bytes={chunk_bytes}; it must be positive")
+    operator = torch.ops.fastomni.linear_logprobs
+    arguments = (temperature, with_entropy, chunk_bytes, backend)
+    logprobs, entropy, _ = operator(hidden, weight, ids, *arguments)
+    return logprobs, entropy
+
+
+def _check_overwritable(name: str, logits: Tensor) -> None:
+    require(
+        not logits.is_leaf,
+        f"{name}: inplace_backward=True would overwrite logits that are a leaf of the graph (a "
+        "parameter or an input), whose values somebody keeps; use it for logits that a model has "
+        "just made",
+    )
+    expanded = any(s == 0 and n > 1 for s, n in zip(logits.stride(), logits.shape, strict=True))
+    require(
+        not expanded,
+        f"{name}: inplace_backward=True needs memory of its own for every logit, but the logits "
+        f"are expanded (strides {list(logits.stride())}); call .contiguous() on them first",
+    )
+
+
+def _statistics_like(x: Tensor, rows: int | torch.SymInt, dtype: torch.dtype) -> list[Tensor]:
+    wide = torch.promote_types(dtype, torch.float32)
+    return [x.new_empty((rows,), dtype=wide) for _ in range(3)]
+
+
+def _gather(
+    logits: Tensor, ids: Tensor, temperature: float, inplace_backward: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_id_range("gather_logprobs", ids, logits.shape[1])
+    if dispatch.choose("gather_logprobs", backend, logits.device) == "triton":
+        from fastomni_kernels.triton_kernels import gather_logprobs as kernels
+
+        return kernels.forward(logits, ids, temperature)
+    return chunked_logprobs.gather_forward(logits, ids, temperature)
+
+
+def _gather_fake(logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return tuple(_statistics_like(logits, logits.shape[0], logits.dtype))
+
+
+def _gather_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, ids, ctx.temperature, ctx.inplace, ctx.backend = inputs
+    _, entropy, normaliser = output
+    ctx.overwritten = False
+    ctx.mark_non_differentiable(normaliser)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, ids, normaliser, entropy)
+
+
+def _gather_gradient(
+    ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _: None
+) -> tuple[Tensor | None, ...]:
+    unused = (None,) * 4
+    if grad_logprobs is None and grad_entropy is None:
+        return None, *unused
+    if ctx.overwritten:
+        raise RuntimeError(
+            "gather_logprobs: the first backward wrote the gradient over the logits "
+            "(inplace_backward=True), so there can be no second one; use inplace_backward=False "
+            "to go through the graph again"
+        )
+    logits = ctx.saved_tensors[0]
+    arguments = (*ctx.saved_tensors, grad_logprobs, grad_entropy, ctx.temperature, ctx.backend)
+    if not ctx.inplace or torch.compiler.is_compiling():
+        return torch.ops.fastomni.gather_logprobs_backward(*arguments), *unused
+    ctx.overwritten = True
+    torch.ops.fastomni.gather_logprobs_backward_(*arguments)
+    # Whoever else saved these logits for a backward is told by torch that they have changed.
+    torch.autograd.graph.increment_version(logits)
+    return logits.detach(), *unused
+
+
+def _gather_backward(logits: Tensor, *rest: Any) -> Tensor:
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    _write_gather_gradient(out, logits, *rest)
+    return out
+
+
+def _gather_backward_overwriting(logits: Tensor, *rest: Any) -> None:
+    _write_gather_gradient(logits, logits, *rest)
+
+
+def _write_gather_gradient(out: Tensor, logits: Tensor, *rest: Any) -> None:
+    *given, backend = rest
+    arguments = (logits, *given, out)
+    if dispatch.choose("gather_logprobs", backend, logits.device) == "triton":
+        from fastomni_kernels.triton_kernels import gather_logprobs as kernels
+
+        kernels.backward(*arguments)
+    else:
+        chunked_logprobs.gather_backward(*arguments)
+
+
+def _gather_backward_fake(logits: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _linear(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    temperature: float,
+    with_entropy: bool,
+    chunk_bytes: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_id_range("linear_logprobs", ids, weight.shape[0])
+    if dispatch.choose("linear_logprobs", backend, hidden.device) == "triton":
+        from fastomni_kernels.triton_kernels import linear_logprobs as kernels
+
+        return kernels.forward(hidden, weight, ids, temperature, with_entropy)
+    return chunked_logprobs.linear_forward(
+        hidden, weight, ids, temperature, with_entropy, chunk_bytes
+    )
+
+
+def _linear_fake(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    return tuple(_statistics_like(hidden, hidden.shape[0], dtype))
+
+
+def _linear_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, ids, ctx.temperature, with_entropy, ctx.chunk_bytes, ctx.backend = inputs
+    _, entropy, normaliser = output
+    ctx.mark_non_differentiable(normaliser, *([] if with_entropy else [entropy]))
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, weight, ids, normaliser, entropy)
+
+
+def _linear_gradient(
+    ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _: None
+) -> tuple[Tensor | None, ...]:
+    unused = (None,) * 5
+    if grad_logprobs is None and grad_entropy is None:
+        return None, None, *unused
+    needed = ctx.needs_input_grad[:2]
+    grads = torch.ops.fastomni.linear_logprobs_backward(
+        *ctx.saved_tensors,
+        grad_logprobs,
+        grad_entropy,
+        ctx.temperature,
+        *needed,
+        ctx.chunk_bytes,
+        ctx.backend,
+    )
+    return *(grad if need else None for grad, need in zip(grads, needed, strict=True)), *unused
+
+
+def _linear_backward(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """Gradients of hidden and weight; one that is not needed is an empty tensor."""
+    *given, chunk_bytes, backend = rest
+    if dispatch.choose("linear_logprobs", backend, hidden.device) == "triton":
+        arguments = (hidden, weight, *given)
+        from fastomni_kernels.triton_kernels import linear_logprobs as kernels
+
+        grads = kernels.backward(*arguments)
+    else:
+        grads = chunked_logprobs.linear_backward(*(hidden, weight, *given, chunk_bytes))
+    grad_hidden, grad_weight = (
+        x.new_empty(0) if grad is None else grad.to(x.dtype)
+        for grad, x in zip(grads, (hidden, weight), strict=True)
+    )
+    return grad_hidden, grad_weight
+
+
+def _linear_backward_fake(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    need_hidden, need_weight = rest[-4:-2]
+    grad_hidden, grad_weight = (
+        torch.empty_like(x, memory_format=torch.contiguous_format) if need else x.new_empty(0)
+        for x, need in ((hidden, need_hidden), (weight, need_weight))
+    )
+    return grad_hidden, grad_weight
+
+
+_SAVED = "Tensor ids, Tensor normaliser, Tensor entropy"
+_GRADS = "Tensor? grad_logprobs, Tensor? grad_entropy, float temperature"
+
+library.define(
+    "gather_logprobs(Tensor logits, Tensor ids, float temperature, bool inplace_backward, "
+    "str backend) -> (Tensor logprobs, Tensor entropy, Tensor normaliser)",
+    _gather,
+    _gather_fake,
+    setup_context=_gather_context,
+    backward=_gather_gradient,
+)
+library.define(
+    f"gather_logprobs_backward(Tensor logits, {_SAVED}, {_GRADS}, str backend) -> Tensor",
+    _gather_backward,
+    _gather_backward_fake,
+)
+library.define(
+    f"gather_logprobs_backward_(Tensor(a!) logits, {_SAVED}, {_GRADS}, str backend) -> ()",
+    _gather_backward_overwriting,
+    lambda *_: None,
+)
+library.define(
+    "linear_logprobs(Tensor hidden, Tensor weight, Tensor ids, float temperature, "
+    "bool with_entropy, int chunk_bytes, str backend) "
+    "-> (Tensor logprobs, Tensor entropy, Tensor normaliser)",
+    _linear,
+    _linear_fake,
+    setup_context=_linear_context,
+    backward=_linear_gradient,
+)
+library.define(
+    f"linear_logprobs_backward(Tensor hidden, Tensor weight, {_SAVED}, {_GRADS}, "
+    "bool need_hidden, bool need_weight, int chunk_bytes, str backend) "
+    "-> (Tensor grad_hidden, Tensor grad_weight)",
+    _linear_backward,
+    _linear_backward_fake,
+)

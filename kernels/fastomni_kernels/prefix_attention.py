@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastomni_kernels.chunked_logprobs import widened
 from fastomni_kernels.layout import GroupLayout
-from fastomni_kernels.logprobs import widened
 
 # Completions are batched with others at least half as long, so padding at most doubles their own
 # (small) part; below this many tokens a call costs more than the padding.

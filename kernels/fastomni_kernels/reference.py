@@ -1,9 +1,8 @@
 """The definitions in plain torch: every kernel is judged against this file.
 
 All functions run on any device and any float dtype and compute in fp32 or wider. The one decision
-that is not obvious: log-probabilities are in `logprobs.py`, because they carry a backward of their
-own (`linear_logprobs` must forget its logits and make them again); they are defined there alone and
-are offered here too.
+that is not obvious: the policy loss is in `loss_definition.py`, with derivatives written out, and
+is offered here too; all else leaves its derivatives to autograd.
 
 Shapes: N prompts, G completions per prompt, S sequences, T packed rows, M completion tokens, P_i
 prompt tokens, H hidden, V vocabulary, Hq query heads, Hkv key-value heads, D head size.
@@ -12,16 +11,17 @@ prompt tokens, H hidden, V vocabulary, Hq query heads, Hkv key-value heads, D he
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import torch
 from torch import Tensor
 
+from fastomni_kernels.chunked_logprobs import widened
 from fastomni_kernels.layout import GroupLayout
-from fastomni_kernels.logprobs import DEFAULT_CHUNK_BYTES, gather_logprobs, linear_logprobs, widened
+from fastomni_kernels.loss_definition import grpo_loss, kl_penalty
 
 __all__ = [
-    "DEFAULT_CHUNK_BYTES",
+    "flash_varlen",
     "gather_logprobs",
     "group_advantages",
     "grpo_loss",
@@ -62,6 +62,50 @@ def prefix_attention(
         scores = (scale * query @ key.transpose(1, 2)).masked_fill(~seen, -torch.inf)
         outputs.append((scores.softmax(-1) @ value).transpose(0, 1))
     return torch.cat(outputs).to(q.dtype)
+
+
+def flash_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """Attend within each packed sequence; a causal mask is aligned to the bottom right.
+
+    Args:
+        q: [T, Hq, D] queries of all sequences.
+        k: [U, Hkv, D] keys; query head h reads key head h // (Hq / Hkv).
+        v: [U, Hkv, D] values.
+        cu_seqlens_q: [B + 1] offsets of the sequences in q.
+        cu_seqlens_k: [B + 1] offsets in k and v.
+        causal: whether query i of Lq sees keys up to i + Lk - Lq only.
+        scale: factor of the scores, D ** -0.5 by default.
+
+    Returns:
+        [T, Hq, D] in q's dtype; zeros where a query sees no key.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    per_key_head = q.shape[1] // k.shape[1]
+    outputs = []
+    bounds = zip(pairwise(cu_seqlens_q.tolist()), pairwise(cu_seqlens_k.tolist()), strict=True)
+    for query_rows, key_rows in bounds:
+        query = widened(q[slice(*query_rows)]).transpose(0, 1)
+        key, value = (
+            widened(x[slice(*key_rows)]).transpose(0, 1).repeat_interleave(per_key_head, 0)
+            for x in (k, v)
+        )
+        scores = scale * query @ key.transpose(1, 2)
+        seen = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device)
+        if causal:
+            seen = seen.tril(seen.shape[1] - seen.shape[0])
+        blind = ~seen.any(1, keepdim=True)
+        # A blind row is a softmax over anything, made zero: a softmax over nothing is NaN.
+        weights = scores.masked_fill(~(seen | blind), -torch.inf).softmax(-1)
+        outputs.append((weights.masked_fill(blind, 0) @ value).transpose(0, 1))
+    return torch.cat([widened(q[:0]), *outputs]).to(q.dtype)
 
 
 def _prompt_blocks(
@@ -150,115 +194,83 @@ def prefix_decode(
     return out.transpose(0, 1).reshape(q.shape).to(q.dtype)
 
 
-def group_advantages(rewards: Tensor, eps: float = 1e-4) -> tuple[Tensor, Tensor]:
-    """Centre and scale rewards within each group: (r - mean) / (std + eps).
+def gather_logprobs(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Log-probability of each id and entropy under softmax(logits / temperature).
 
     Args:
-        rewards: [N, G] any float dtype; NaN marks a completion without a reward, which takes no
-            part in the mean and the std and gets advantage 0.
-        eps: added to the std (ddof=1); 1e-4 is the GRPO trainer of TRL and R1-Omni.
+        logits: [M, V], -inf for tokens that cannot be.
+        ids: [M] int64.
+        temperature: > 0.
 
     Returns:
-        advantages: [N, G] fp32 (fp64 for fp64 rewards).
-        no_spread: [N] bool, groups whose rewards are all equal (or fewer than two): all exactly 0.
+        (logprobs, entropy), each [M] fp32 (fp64 for fp64 logits), nats.
     """
-    rewards = widened(rewards)
-    given = ~rewards.isnan()
-    count = given.sum(1, keepdim=True)
-    mean = rewards.where(given, 0).sum(1, keepdim=True) / count.clamp(min=1)
-    centred = (rewards - mean).where(given, 0)
-    std = (centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
-    # Equality, not std == 0: the mean of equal rewards may round, and 1e-8 / eps is not 0.
-    largest = rewards.where(given, -torch.inf).amax(1)
-    smallest = rewards.where(given, torch.inf).amin(1)
-    no_spread = largest <= smallest
-    return (centred / (std + eps)).masked_fill(no_spread[:, None], 0), no_spread
+    log_p = (widened(logits) / temperature).log_softmax(-1)
+    # A token that cannot be adds nothing to the entropy, where 0 * -inf would be NaN.
+    surprise = -log_p.masked_fill(log_p == -torch.inf, 0)
+    return log_p.gather(-1, ids[:, None]).squeeze(-1), (log_p.exp() * surprise).sum(-1)
 
 
-def kl_penalty(logprobs: Tensor, reference_logprobs: Tensor, estimator: str = "k3") -> Tensor:
-    """Estimate KL(policy || reference) of each token from one sample (Schulman, "kl approx").
+def linear_logprobs(
+    hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """`gather_logprobs` of the logits hidden [M, H] @ weight.T [H, V], multiplied in fp32."""
+    dtype = torch.promote_types(widened(hidden).dtype, widened(weight).dtype)
+    return gather_logprobs(hidden.to(dtype) @ weight.to(dtype).T, ids, temperature)
 
-    Args:
-        logprobs: [M] of the policy that sampled the tokens.
-        reference_logprobs: [M].
-        estimator: "k1" = -d, "k2" = d^2 / 2, "k3" = exp(d) - d - 1, where d = reference - policy.
+
+def group_advantages(
+    rewards: Tensor,
+    eps: float = 1e-4,
+    scale: str = "group",
+    baseline: str = "mean",
+    weights: Sequence[float] | None = None,
+    aggregation: str = "sum_then_normalize",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Centre and scale rewards within each group; see `advantages.group_advantages`.
 
     Returns:
-        [M] fp32 (fp64 for fp64), nats; k2 and k3 are never negative.
-
-    Raises:
-        ValueError: an unknown estimator.
+        advantages [N, G], no_spread [N] bool, missing [N] int32.
     """
-    difference = widened(reference_logprobs) - widened(logprobs)
-    if estimator == "k1":
-        return -difference
-    if estimator == "k2":
-        return difference.square() / 2
-    if estimator == "k3":
-        # expm1, because exp(d) - 1 loses every digit while policy and reference still agree.
-        return difference.expm1() - difference
-    raise ValueError(f"kl_penalty: estimator={estimator!r} is unknown; use 'k1', 'k2' or 'k3'")
-
-
-def grpo_loss(
-    logprobs: Tensor,
-    advantages: Tensor,
-    layout: GroupLayout,
-    reference_logprobs: Tensor | None = None,
-    beta: float = 0.0,
-    old_logprobs: Tensor | None = None,
-    reduction: str = "grpo",
-    num_sequences: int | None = None,
-    num_tokens: int | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Policy loss of R1-Omni's trainer: token loss -(ratio * advantage - beta * k3).
-
-    The ratio is exp(logp - old logp); without old log-probs it is exp(logp - logp.detach()), which
-    is 1 and carries the policy gradient.
-
-    Args:
-        logprobs: [M] of the policy.
-        advantages: [S], one per completion.
-        layout: which token belongs to which completion.
-        reference_logprobs: [M]; needed where beta is not 0, otherwise only for the KL metric.
-        beta: weight of the KL penalty; R1-Omni trains with 0.04.
-        old_logprobs: [M] of the policy that sampled, for more than one update per rollout.
-        reduction: "grpo" takes the mean over each completion and then over completions (an empty
-            one counts as 0); "dapo" takes the mean over all completion tokens.
-        num_sequences: completions of the whole batch where `layout` is one of its micro-batches,
-            so that the micro-batches' losses and metrics add up to the batch's.
-        num_tokens: completion tokens of the whole batch, the same for "dapo".
-
-    Returns:
-        The loss, a scalar, and detached scalars reduced as the loss is: `policy_loss`, and `kl`
-        (k3) where reference log-probs are given.
-
-    Raises:
-        ValueError: an unknown reduction, or beta without reference log-probs.
-    """
-    if beta != 0.0 and reference_logprobs is None:
-        raise ValueError(
-            f"grpo_loss: beta={beta} asks for a KL penalty but reference_logprobs is missing; "
-            "pass the reference model's log-probs or set beta to 0"
-        )
-    logprobs = widened(logprobs)
-    if reduction == "grpo":
-        # An empty completion owns no token, so its length is never read.
-        total = num_sequences or layout.num_sequences
-        share = 1.0 / (layout.completion_length_tensor.to(logprobs.dtype) * total)
-        weights = share[layout.sequence_of_token]
-    elif reduction == "dapo":
-        tokens = num_tokens or layout.num_completion_tokens
-        weights = torch.full_like(logprobs, 1.0 / max(tokens, 1), requires_grad=False)
+    columns = widened(rewards if rewards.dim() == 3 else rewards[..., None])
+    factors = columns.new_tensor([1.0] * columns.shape[2] if weights is None else list(weights))
+    given = ~columns.isnan()
+    scored = given.any(2)
+    missing = (~scored).sum(1, dtype=torch.int32)
+    if aggregation == "normalize_then_sum":
+        centred, spread = _centred(columns, given, baseline)
+        normalised = centred / (_deviation(columns, given, 1) + eps)
+        total = (normalised.where(spread & given, 0) * factors).sum(2)
+        no_spread = ~spread.any(2).squeeze(1)
+        mean = total.where(scored, 0).sum() / scored.sum().clamp(min=1)
+        deviation = _deviation(total.flatten(), scored.flatten(), 0)
+        advantages = (total - mean) / (deviation + eps)
     else:
-        raise ValueError(f"grpo_loss: reduction={reduction!r} is unknown; use 'grpo' or 'dapo'")
-    start = logprobs.detach() if old_logprobs is None else widened(old_logprobs).detach()
-    token_advantages = widened(advantages).detach()[layout.sequence_of_token]
-    loss = policy_loss = -((logprobs - start).exp() * token_advantages * weights).sum()
-    metrics = {"policy_loss": policy_loss.detach()}
-    if reference_logprobs is not None:
-        kl = (kl_penalty(logprobs, reference_logprobs.detach()) * weights).sum()
-        metrics["kl"] = kl.detach()
-        if beta != 0.0:
-            loss = policy_loss + beta * kl
-    return loss, metrics
+        total = (columns.where(given, 0) * factors).sum(2)
+        advantages, spread = _centred(total, scored, baseline)
+        no_spread = ~spread.squeeze(1)
+        if scale == "group":
+            advantages = advantages / (_deviation(total, scored, 1) + eps)
+        elif scale == "batch":
+            advantages = advantages / (_deviation(total.flatten(), scored.flatten(), 0) + eps)
+    return advantages.where(scored & ~no_spread[:, None], 0), no_spread, missing
+
+
+def _centred(values: Tensor, given: Tensor, baseline: str) -> tuple[Tensor, Tensor]:
+    """Return values [N, G, ...] less their group's baseline, and whether a group has any spread."""
+    count = given.sum(1, keepdim=True, dtype=values.dtype)
+    centred = values - values.where(given, 0).sum(1, keepdim=True) / count.clamp(min=1)
+    if baseline == "leave_one_out":  # r - mean of the others = (r - mean of all) * n / (n - 1)
+        centred = centred * (count / (count - 1).clamp(min=1))
+    # Equality, not std == 0: the mean of equal rewards may round, and 1e-8 / eps is not 0.
+    largest = values.where(given, -torch.inf).amax(1, keepdim=True)
+    smallest = values.where(given, torch.inf).amin(1, keepdim=True)
+    return centred, largest > smallest
+
+
+def _deviation(values: Tensor, given: Tensor, dim: int) -> Tensor:
+    """Return the standard deviation (ddof=1) of the given values along `dim`, kept as size 1."""
+    count = given.sum(dim, keepdim=True, dtype=values.dtype)
+    mean = values.where(given, 0).sum(dim, keepdim=True) / count.clamp(min=1)
+    squares = (values - mean).where(given, 0).square().sum(dim, keepdim=True)
+    return (squares / (count - 1).clamp(min=1)).sqrt()

@@ -124,6 +124,38 @@ def test_a_stop_between_a_step_and_its_checkpoint_repeats_the_step(
     assert completions[0].read_text() == completions[1].read_text()
 
 
+def test_a_stop_between_two_updates_of_a_rollout_goes_back_to_its_start(
+    train_toy: TrainToy,
+    same_weights: SameWeights,
+    metrics_of: MetricsOf,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    updates = ("rlvr.updates_per_rollout=2", "rlvr.loss={clip_low: 1e-3, clip_high: 1e-3}")
+    chosen = ("base=null", "evaluate=null", "coldstart=null", *updates, "rlvr.checkpoint_every=1")
+    whole = train_toy(tmp_path / "whole", *chosen)
+    step = Engine.step
+
+    def stop(self: Engine) -> float:
+        if self.steps_done == 3:
+            raise KeyboardInterrupt
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train_toy(tmp_path / "stopped", *chosen)
+    assert len(metrics_of(tmp_path / "stopped" / "rlvr")) == 1
+    capsys.readouterr()
+    train_toy(tmp_path / "stopped", *chosen)
+    assert "resuming at step 1 from" in capsys.readouterr().out
+    assert same_weights(tmp_path / "stopped" / "rlvr" / "model", whole / "rlvr" / "model")
+    metrics = metrics_of(tmp_path / "stopped" / "rlvr")
+    assert metrics == metrics_of(whole / "rlvr") and len(metrics) == 3
+    assert metrics[2]["clip_ratio/region_mean"] > 0
+
+
 def test_the_seed_alone_decides_the_weights(
     whole_runs: dict[str, Path],
     train_toy: TrainToy,

@@ -55,6 +55,23 @@ def test_checkpoints_come_at_their_interval_and_one_is_kept(
     assert "resuming at step 4 from" in capsys.readouterr().out
 
 
+def test_no_checkpoint_falls_between_the_updates_of_a_step(
+    engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage = Stage(tmp_path, FINGERPRINT, checkpoint_every=2, updates_per_step=3)
+    seen = []
+    for _ in range(5):
+        for _ in range(3):
+            take_step(engine)
+        stage.checkpoint(engine)
+        seen.append([path.name for path in steps(tmp_path / "checkpoints")])
+    two, four = ["step-000006"], ["step-000012"]  # optimiser steps
+    assert seen == [[], two, two, four, four]
+    stage.resume(engine)
+    assert engine.steps_done == 12
+    assert "resuming at step 4 from" in capsys.readouterr().out
+
+
 def test_the_newest_checkpoint_is_the_one_of_most_steps(tmp_path: Path) -> None:
     for name in ("step-1000000", "step-999999", ".step-2000000.incomplete-1"):
         (tmp_path / name).mkdir()

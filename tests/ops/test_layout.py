@@ -225,3 +225,21 @@ def test_bad_ranges_and_shapes_are_refused() -> None:
         layout.pad_completions(torch.zeros(2), 0.0)
     with pytest.raises(ValueError, match="cannot hold 2 completions of up to 2"):
         layout.unpad(torch.zeros(2, 1))
+
+
+def test_a_layout_nobody_has_read_from_can_be_compiled() -> None:
+    def total(values: torch.Tensor, layout: GroupLayout) -> torch.Tensor:
+        return values[layout.predictor_rows].sum() + layout.cu_completions.sum()
+
+    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
+    for lengths in ([4, 0], [1, 7]):
+        values = torch.arange(20.0)
+        cold = GroupLayout.build([3], [lengths])
+        expected = total(values, GroupLayout.build([3], [lengths]))
+        assert torch.equal(compiled(values, cold), expected)
+
+
+def test_lazy_values_are_made_once_and_documented() -> None:
+    layout = GroupLayout.build([3], [[2, 1]])
+    assert layout.positions is layout.positions
+    assert GroupLayout.positions.__doc__.startswith("[T]")

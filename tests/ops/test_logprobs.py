@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
-from fastomni_kernels import gather_logprobs, linear_logprobs, logprobs
+from fastomni_kernels import chunked_logprobs, gather_logprobs, linear_logprobs, reference
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -94,23 +96,62 @@ def test_chunks_change_nothing(count: int, chunk_bytes: int) -> None:
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-12)
 
 
-def test_logits_at_once_stay_under_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = []
+def allocated_bytes(profiler: profile, path: Path) -> list[int]:
+    """What exists of torch's memory on the CPU after each allocation and release."""
+    profiler.export_chrome_trace(str(path))
+    events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    changes = [event for event in events if event.get("name") == "[memory]"]
+    existing, history = 0, []
+    for event in sorted(changes, key=lambda event: float(event["ts"])):
+        existing += int(event["args"]["Bytes"])
+        history.append(existing)
+    return history
 
-    def watch(original: Callable[..., object]) -> Callable[..., object]:
-        def watched(logits: Tensor, *rest: object) -> object:
-            sizes.append(logits.untyped_storage().nbytes())
-            return original(logits, *rest)
 
-        return watched
+@pytest.mark.parametrize("bound", [50_000, 200_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_memory_beyond_inputs_and_gradients_stays_under_the_bound(
+    tmp_path: Path, dtype: torch.dtype, bound: int
+) -> None:
+    hidden, weight = (normal(n, 8, seed=n).to(dtype).requires_grad_() for n in (300, 2000))
+    ids = random_ids(300, 2000)
 
-    for name in ("_logprob_statistics", "_logit_gradient"):
-        monkeypatch.setattr(logprobs, name, watch(getattr(logprobs, name)))
-    hidden, weight = torch.randn(100, 4, requires_grad=True), torch.randn(50, 4)
-    bound = 4000
-    linear_logprobs(hidden, weight, random_ids(100, 50), chunk_bytes=bound)[0].sum().backward()
-    assert len(sizes) == 2 * 10
-    assert all(2 * size <= bound for size in sizes)
+    def run() -> None:
+        logprobs, entropy = linear_logprobs(hidden, weight, ids, chunk_bytes=bound)
+        (logprobs + entropy).sum().backward()
+
+    run()
+    hidden.grad = weight.grad = None
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    history = allocated_bytes(profiler, tmp_path / "trace.json")
+    per_row = 4 * (3 * 8 + 24)  # hidden states and gradients in fp32; results and work, [300] each
+    fixed = 300 * per_row + weight.numel() * weight.element_size()
+    assert max(history) <= bound + fixed
+    assert max(history) < 300 * 2000 * 4  # all logits at once
+
+
+@pytest.mark.parametrize("chunk_bytes", [chunked_logprobs.DEFAULT_CHUNK_BYTES, 40_000])
+def test_tiles_of_the_vocabulary_are_aligned(chunk_bytes: int) -> None:
+    hidden, weight = torch.randn(40, 3), torch.randn(1000, 3)
+    tiles = chunked_logprobs._Tiles(hidden, weight, 1.0, chunk_bytes, widened_copies=0)
+    parts = [part for part, _ in tiles.columns()]
+    assert [part.start for part in parts[1:]] == [part.stop for part in parts[:-1]]
+    assert parts[0].start == 0 and parts[-1].stop == 1000
+    assert all(part.start % 64 == 0 for part in parts)
+    assert len(parts) == (1 if chunk_bytes > 10**6 else 6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_token_at_all(poisoned_memory: None, dtype: torch.dtype) -> None:
+    hidden, weight = (normal(n, 3).to(dtype).requires_grad_() for n in (0, 5))
+    for values in (
+        linear_logprobs(hidden, weight, random_ids(0, 5)),
+        gather_logprobs(hidden @ weight.T, random_ids(0, 5)),
+    ):
+        assert [x.shape for x in values] == [(0,), (0,)]
+        grads = torch.autograd.grad(values[0].sum() + values[1].sum(), (hidden, weight))
+        assert grads[0].shape == (0, 3) and torch.equal(grads[1], torch.zeros_like(weight))
 
 
 def test_float32_is_close_to_float64_and_bfloat16_is_computed_wider() -> None:
@@ -133,6 +174,15 @@ def test_very_negative_and_very_large_logits() -> None:
     torch.testing.assert_close(entropy, torch.tensor([0.0, math.log(3), 0.0]))
     (values.sum() + entropy.sum()).backward()
     assert logits.grad is not None and logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("size", [1.0, 1e3])
+def test_masked_logits_stay_so_under_large_gradients(size: float) -> None:
+    logits = torch.tensor([[1.0, -math.inf, 0.5]], requires_grad=True)
+    logprobs, entropy = gather_logprobs(logits, torch.tensor([2]))
+    # -3e38 * 1e3 would overflow, and 0 * inf is NaN.
+    (grad,) = torch.autograd.grad(size * (logprobs.sum() - entropy.sum()), logits)
+    assert grad[0, 1] == 0 and grad.isfinite().all() and grad.abs().max() > 0.1 * size
 
 
 def test_masked_logits_have_no_mass_and_no_gradient() -> None:
@@ -166,3 +216,46 @@ def test_ids_and_temperatures_that_mean_nothing_are_refused(
         gather_logprobs(torch.zeros(2, 5), ids, temperature)
     with pytest.raises(ValueError, match=message):
         linear_logprobs(torch.zeros(2, 3), torch.zeros(5, 3), ids, temperature)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_definitions_in_reference(temperature: float) -> None:
+    hidden, weight = normal(9, 5).requires_grad_(), normal(40, 5, seed=1).requires_grad_()
+    ids, coefficients = random_ids(9, 40), normal(2, 9, seed=2)
+    logits = hidden @ weight.T
+    logits = logits.masked_fill(torch.arange(40) == 39 - ids[:, None], -math.inf)
+    for defined, ours in (
+        (reference.gather_logprobs(logits, ids, temperature), None),
+        (reference.linear_logprobs(hidden, weight, ids, temperature), linear_logprobs),
+    ):
+        if ours is None:
+            actual = gather_logprobs(logits, ids, temperature)
+        else:
+            actual = ours(hidden, weight, ids, temperature)
+        torch.testing.assert_close(actual, defined, rtol=0, atol=1e-12)
+        grads = [
+            torch.autograd.grad(
+                (torch.stack(x) * coefficients).sum(), (hidden, weight), retain_graph=True
+            )
+            for x in (actual, defined)
+        ]
+        torch.testing.assert_close(grads[0], grads[1], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)]
+)
+def test_hidden_and_weight_may_differ_in_dtype(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    hidden, weight = (
+        normal(n, 3, seed=n).to(dtype).requires_grad_()
+        for n, dtype in zip((6, 5), dtypes, strict=True)
+    )
+    ids = random_ids(6, 5)
+    wide = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    actual, wanted = linear_logprobs(hidden, weight, ids), linear_logprobs(*wide, ids)
+    assert actual[0].dtype == actual[1].dtype == dtypes[1]
+    torch.testing.assert_close(actual[0].double(), wanted[0], rtol=0, atol=1e-6)
+    grads = torch.autograd.grad(actual[0].sum(), (hidden, weight))
+    assert tuple(grad.dtype for grad in grads) == dtypes
+    for grad, want in zip(grads, torch.autograd.grad(wanted[0].sum(), wide), strict=True):
+        torch.testing.assert_close(grad.double(), want, rtol=1e-2, atol=1e-6)

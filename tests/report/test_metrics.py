@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastomni.report import group_metrics, loss_metrics, recall_scores
+from fastomni.report import group_metrics, loss_metrics, recall_scores, update_metrics
 from fastomni_kernels import GroupLayout
 
 
@@ -14,17 +14,16 @@ def test_group_metrics_of_two_groups() -> None:
     scores = {
         "accuracy": torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]]),
         "format": torch.tensor([[0.0, 0.0, 1.0], [1.0, 1.0, 1.0]]),
-        "reward": torch.tensor([[1.0, 0.0, 2.0], [2.0, 2.0, 2.0]]),
     }
     stopped = [True, True, True, True, True, False]
-    metrics = group_metrics(scores, torch.tensor([False, True]), stopped, layout)
+    metrics = group_metrics(scores, [1.0, 2.0], torch.tensor([False, True]), stopped, layout)
     assert metrics == pytest.approx(
         {
             "rewards/accuracy/mean": 4 / 6,
             "rewards/accuracy/std": (4 / 15) ** 0.5,  # four ones and two zeros, ddof=1
             "rewards/format/mean": 4 / 6,
             "rewards/format/std": (4 / 15) ** 0.5,
-            "reward": 9 / 6,
+            "reward": 12 / 6,  # 1, 0, 2 and three times 3
             "reward_std": 0.5,  # of 1, 0, 2 it is 1; of equal ones 0
             "frac_reward_zero_std": 0.5,
             "completions/mean_length": 4.0,
@@ -36,16 +35,31 @@ def test_group_metrics_of_two_groups() -> None:
     )
 
 
-def test_loss_metrics_are_shares_that_add_up() -> None:
-    entropy, gap = torch.tensor([1.0, 2.0, 6.0]), torch.tensor([0.0, 0.3, 0.3])
+def test_rewards_weigh_1_each_by_default() -> None:
+    layout = GroupLayout.build([4], [[1, 2]])
+    scores = {"a": torch.tensor([[1.0, 0.0]]), "b": torch.tensor([[0.5, 0.5]])}
+    metrics = group_metrics(scores, None, torch.tensor([False]), [True, True], layout)
+    assert metrics["reward"] == 1.0
+
+
+def test_loss_metrics_of_micro_batches_add_up_but_for_extremes() -> None:
+    names = ("loss", "kl", "ratio/min", "ratio/max", "sampling/x/mean")
     parts = [
-        loss_metrics(torch.tensor(0.25), {"kl": torch.tensor(0.1)}, entropy[:1], gap[:1], 3),
-        loss_metrics(torch.tensor(0.50), {"kl": torch.tensor(0.2)}, entropy[1:], gap[1:], 3),
+        {name: torch.tensor(value) for name, value in zip(names, values, strict=True)}
+        for values in [(0.25, 0.1, 0.9, 1.5, 1.0), (0.5, 0.2, 0.7, 1.1, 2.0)]
     ]
-    whole = {key: parts[0][key] + parts[1][key] for key in parts[0]}
-    assert whole == pytest.approx(
-        {"loss": 0.75, "kl": 0.3, "entropy": 3.0, "rollout_logprob_gap": 0.2}
-    )
+    wanted = dict(zip(names, (0.75, 0.3, 0.7, 1.5, 3.0), strict=True))
+    assert loss_metrics(parts) == pytest.approx(wanted)
+
+
+def test_metrics_of_updates_are_means_but_for_extremes() -> None:
+    updates = [
+        {"loss": 1.0, "ratio/min": 1.0, "ratio/max": 1.0, "grad_norm": 3.0},
+        {"loss": 2.0, "ratio/min": 0.5, "ratio/max": 1.2, "grad_norm": 5.0},
+    ]
+    wanted = {"loss": 1.5, "ratio/min": 0.5, "ratio/max": 1.2, "grad_norm": 4.0}
+    assert update_metrics(updates) == wanted
+    assert update_metrics(updates[:1]) == updates[0]
 
 
 def test_recall_scores_count_what_is_outside_as_wrong() -> None:

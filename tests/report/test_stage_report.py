@@ -79,6 +79,41 @@ def test_clips_that_are_left_out_are_counted_where_that_may_happen(tmp_path: Pat
     report.close()
 
 
+def test_hidden_metrics_are_written_but_not_shown(tmp_path: Path) -> None:
+    report = StageReport(tmp_path, "rlvr")
+    for hidden, shown in (((), "kl 0.1000  clip 2.5%"), (("clip_ratio/region_mean",), "kl 0.1")):
+        report.start(0, 1, hidden)
+        report.step(1, {"kl": 0.1, "clip_ratio/region_mean": 0.025})
+        line = (tmp_path / "log.txt").read_text().splitlines()[-1]
+        assert shown in line and ("clip" in line) == (not hidden)
+        record = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+        assert record["clip_ratio/region_mean"] == 0.025
+    report.close()
+
+
+def test_kernels_are_told_in_one_line_that_a_resumed_run_tells_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    choices = {
+        ("sample", "reference"): "it has no Triton kernel",
+        ("grpo_loss", "triton"): "the tensors are on cuda:0",
+        ("linear_logprobs", "triton"): "the tensors are on cuda:0",
+    }
+    report = StageReport(tmp_path, "rlvr")
+    report.start(0, 2)
+    report.kernels(choices)
+    report.close()
+    line = (
+        "rlvr kernels  reference: sample (it has no Triton kernel); "
+        "triton: grpo_loss, linear_logprobs (the tensors are on cuda:0)"
+    )
+    assert capsys.readouterr().out.splitlines() == [line]
+    assert (tmp_path / "log.txt").read_text() == line + "\n"
+    report.start(0, 2)
+    report.close()
+    assert (tmp_path / "log.txt").read_text() == ""
+
+
 def test_completions_of_the_first_clip_are_kept(tmp_path: Path) -> None:
     report = StageReport(tmp_path, "rlvr")
     scores = {"reward": torch.tensor([[1.0, 0.0], [0.5, 0.5]])}

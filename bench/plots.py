@@ -1,0 +1,127 @@
+"""Draws a report of the kernel benchmark: one panel a case, one bar a provider.
+
+A bar is the median time, its whisker goes from the least to the most, and the dashed line is the
+least time that the machine's ceilings allow. The axis is logarithmic where the slowest provider
+takes over twenty times as long as the line, because the line would be lost in the frame otherwise.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from bench.tables import SECONDS, seconds, size
+
+OURS, PEER, INK, CEILING = "#0f766e", "#b8c0cc", "#1f2937", "#c2410c"
+COLUMNS, WIDTH, BAR_HEIGHT = 2, 14.0, 0.34
+LOGARITHMIC_FROM = 20.0
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Write the picture.
+
+    Args:
+        report: of `bench/kernels.py`.
+        path: of the PNG.
+
+    Raises:
+        ValueError: nothing was timed.
+    """
+    panels = [
+        (result, [row for row in result["rows"] if row["status"] == "timed"])
+        for result in report["cases"]
+    ]
+    panels = [(result, rows) for result, rows in panels if rows]
+    if not panels:
+        raise ValueError(f"{path}: nothing was timed, so there is nothing to draw")
+    lines = [panels[i : i + COLUMNS] for i in range(0, len(panels), COLUMNS)]
+    heights = [1.1 + BAR_HEIGHT * max(len(rows) for _, rows in line) for line in lines]
+    figure = Figure(figsize=(WIDTH, sum(heights) + 1.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(
+        len(lines), COLUMNS, squeeze=False, gridspec_kw={"height_ratios": heights}
+    )
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    for row_of_axes, line in zip(grid, lines, strict=True):
+        most = max(len(rows) for _, rows in line)
+        for axes, (result, rows) in zip(row_of_axes, line, strict=False):
+            _panel(axes, result, rows)
+            axes.set_ylim(most - 0.4, -0.6)  # bars of one thickness in all panels
+    where = report["environment"]
+    device = where["accelerator"]["name"] if where["accelerator"] else where["device"]
+    threads = "" if where["accelerator"] else f", {where['threads']} threads"
+    figure.suptitle(
+        f"fastomni_kernels and peers on {device}{threads}: torch {where['torch']}, {where['date']}",
+        fontsize=13,
+        color=INK,
+    )
+    figure.legend(
+        handles=[
+            Patch(color=OURS, label="fastomni"),
+            Patch(color=PEER, label="peers: median time, + memory beyond inputs and answer"),
+            Line2D([], [], color=CEILING, linestyle="--", label="least time at the ceilings"),
+        ],
+        loc="outside lower center",
+        ncols=3,
+        frameon=False,
+    )
+    figure.savefig(path, dpi=110)
+
+
+def _panel(axes: Axes, result: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    medians = [row["median_s"] for row in rows]
+    spread = [
+        [row["median_s"] - row["min_s"] for row in rows],
+        [row["max_s"] - row["median_s"] for row in rows],
+    ]
+    places = range(len(rows))
+    axes.barh(
+        places,
+        medians,
+        xerr=spread,
+        color=[OURS if row["ours"] else PEER for row in rows],
+        error_kw={"ecolor": INK, "elinewidth": 0.9, "capsize": 2},
+        height=0.66,
+    )
+    longest, floor = max(row["max_s"] for row in rows), result["floor_s"]
+    logarithmic = longest > LOGARITHMIC_FROM * floor
+    if logarithmic:
+        axes.set_xscale("log")
+        left = min(floor, *medians) / 1.6
+        axes.set_xlim(left, longest * (longest / left) ** 0.45)
+    else:
+        axes.set_xlim(0, 1.45 * max(longest, floor))
+    axes.axvline(floor, color=CEILING, linestyle="--", linewidth=1.2)
+    for place, row in zip(places, rows, strict=True):
+        axes.annotate(
+            f"{seconds(row['median_s'])}, +{size(row['extra_bytes'])}",
+            (row["max_s"], place),
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            color=INK,
+        )
+    axes.set_yticks(places, [row["provider"] for row in rows], fontsize=9)
+    shape = " x ".join(str(number) for number in result["sizes"].values())
+    scale = "   (logarithmic)" if logarithmic else ""
+    axes.set_title(f"{result['name']}   {shape}{scale}", fontsize=10, loc="left", color=INK)
+    axes.xaxis.set_major_formatter(lambda value, _: _tick(value))
+    axes.xaxis.set_minor_formatter(lambda value, _: "")
+    axes.tick_params(axis="x", labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _tick(value: float) -> str:
+    """0.01 -> 10 ms."""
+    if value <= 0:
+        return "0"
+    factor, unit = next(((f, u) for f, u in SECONDS if value >= f * 0.999), SECONDS[-1])
+    return f"{value / factor:.3g} {unit}"
