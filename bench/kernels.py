@@ -106,7 +106,8 @@ def plan(cases: Sequence[Case], sizes: Sequence[str], device: torch.device) -> l
             owners = dict.fromkeys(case.function for case in CASES if size in case.sizes)
             raise ValueError(f"--sizes {size}: a size of {' and '.join(owners)} alone")
         jobs += [(case, size, tuple(case.sizes[size])) for case in having]
-    return list(dict.fromkeys(jobs))
+    order = {case.name: index for index, case in enumerate(cases)}
+    return sorted(dict.fromkeys(jobs), key=lambda job: order[job[0].name])
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:

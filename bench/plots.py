@@ -58,14 +58,17 @@ def plot(report: dict[str, Any], path: Path) -> None:
     device = where["accelerator"]["name"] if where["accelerator"] else where["device"]
     threads = "" if where["accelerator"] else f", {where['threads']} threads"
     figure.suptitle(
-        f"fastomni_kernels and peers on {device}{threads}: torch {where['torch']}, {where['date']}",
-        fontsize=13,
+        f"fastomni_kernels and peers on {device}{threads}; torch {where['torch']}, {where['date']}"
+        "\n"
+        "Bars: median time, whiskers: least to most; beside them: the median, and + the memory "
+        "beyond inputs, outputs and gradients",
+        fontsize=12,
         color=INK,
     )
     figure.legend(
         handles=[
             Patch(color=OURS, label="fastomni"),
-            Patch(color=PEER, label="peers: median time, + memory beyond inputs and answer"),
+            Patch(color=PEER, label="peers"),
             Line2D([], [], color=CEILING, linestyle="--", label="least time at the ceilings"),
         ],
         loc="outside lower center",

@@ -23,7 +23,7 @@ from fastomni_kernels.checks import (
     check_temperature,
     require,
 )
-from fastomni_kernels.chunked_logprobs import DEFAULT_CHUNK_BYTES
+from fastomni_kernels.chunked_logprobs import DEFAULT_CHUNK_BYTES, GATHER_BYTES
 from fastomni_kernels.layout import GroupLayout
 from fastomni_kernels.logprobs import linear_logprobs
 from fastomni_kernels.options import LossOptions
@@ -40,8 +40,9 @@ from fastomni_kernels.workspace_loss import workspace_loss
 MODES = ("auto", "recompute", "workspace")
 
 # A slab of a gigabyte is 1,180 rows of Qwen2.5's vocabulary at six bytes a logit, which is enough
-# for matrix products at full speed.
+# for matrix products at full speed. On a CPU it is 64 MiB of logits and room to work on them.
 CUDA_WORKSPACE_BYTES = 2**30
+CPU_WORKSPACE_BYTES = 64 * 2**20 + GATHER_BYTES
 
 _DEFAULT_OPTIONS = LossOptions()
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -102,7 +103,7 @@ def linear_grpo_loss(
         mode: "recompute", "workspace", or "auto": workspace on a CPU where it can be had, otherwise
             recompute.
         workspace_bytes: bound on what the slab of logits and its working copies take in workspace
-            mode, and on a tile's in recompute mode on a CPU; 64 MiB on a CPU and 1 GiB elsewhere by
+            mode, and on a tile's in recompute mode on a CPU; 72 MiB on a CPU and 1 GiB elsewhere by
             default. Where it cannot hold a single row, one row is made. Beyond it, workspace mode
             holds the gradients of hidden and weight, on a GPU the latter in fp32.
         backend: "auto", "triton" or "reference".
@@ -112,7 +113,7 @@ def linear_grpo_loss(
             mode with options or dtypes it cannot do.
     """
     workspace_bytes = workspace_bytes or (
-        CUDA_WORKSPACE_BYTES if hidden.device.type == "cuda" else DEFAULT_CHUNK_BYTES
+        CUDA_WORKSPACE_BYTES if hidden.device.type == "cuda" else CPU_WORKSPACE_BYTES
     )
     optional = (reference_logprobs, old_logprobs, rollout_logprobs)
     if not torch.compiler.is_compiling():

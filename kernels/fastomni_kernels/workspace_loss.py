@@ -23,56 +23,110 @@ _TOTALS = len(METRICS) - len(SMALLEST) - len(LARGEST)
 
 
 class _Slabs:
-    """Memory of one slab, and the products with it."""
+    """Memory of one slab, and what is done with it: log-probs first, then gradients."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, workspace_bytes: int, backend: str) -> None:
-        self._hidden, self._weight = hidden, weight
-        self._triton = dispatch.choose("gather_logprobs", backend, hidden.device) == "triton"
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        temperature: float,
+        workspace_bytes: int,
+        backend: str,
+        need_hidden: bool,
+        need_weight: bool,
+    ) -> None:
         # Logits stay in fp32: in bf16 a logit of 20 is off by 0.06, and so is its log-prob.
         wide = torch.promote_types(hidden.dtype, torch.float32)
         narrow = hidden.dtype != wide
+        self._triton = dispatch.choose("gather_logprobs", backend, hidden.device) == "triton"
+        self._hidden, self._weight, self._temperature = hidden, weight, temperature
         row_bytes = len(weight) * (wide.itemsize + (hidden.dtype.itemsize if narrow else 0))
         scratch = 0 if self._triton else chunked_logprobs.GATHER_BYTES
-        rows = max(1, (workspace_bytes - scratch) // row_bytes)
-        self.rows = min(rows - rows % 128 if rows > 128 else rows, max(len(hidden), 1))
+        most = max(1, (workspace_bytes - scratch) // row_bytes)
+        # Even shares: a short last slab costs more in slow products than it saves.
+        count = max(len(hidden), 1)
+        rows = -(-count // -(-count // most))
+        self.rows = min(most, -(-rows // 128) * 128) if rows > 128 else rows
         self._logits = hidden.new_empty((self.rows, len(weight)), dtype=wide)
         self._gradients = hidden.new_empty(self._logits.shape) if narrow else self._logits
+        self.grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        self.grad_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
 
-    def logits(self, rows: slice) -> Tensor:
-        """Return logits [R, V] in fp32 or wider."""
-        hidden = self._hidden[rows]
-        out = self._logits[: len(hidden)]
-        if out.dtype == hidden.dtype:
-            return torch.mm(hidden, self._weight.T, out=out)
-        return torch.mm(hidden, self._weight.T, out_dtype=out.dtype, out=out)
-
-    def statistics(
-        self, logits: Tensor, ids: Tensor, temperature: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return log-prob, entropy and log-sum-exp of each row."""
+    def logprobs(self, rows: slice, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Make the logits of a slab; return log-prob, entropy and log-sum-exp of each row."""
+        logits, hidden = self._logits[: len(ids)], self._hidden[rows]
+        if logits.dtype == hidden.dtype:
+            torch.mm(hidden, self._weight.T, out=logits)
+        else:
+            torch.mm(hidden, self._weight.T, out_dtype=logits.dtype, out=logits)
         if self._triton:
             from fastomni_kernels.triton_kernels import gather_logprobs as kernel
 
-            return kernel.forward(logits, ids, temperature)
-        return chunked_logprobs.gather_forward(logits, ids, temperature)
+            return kernel.forward(logits, ids, self._temperature)
+        return chunked_logprobs.gather_forward(logits, ids, self._temperature)
 
-    def gradients(
+    def take_gradients(
         self,
-        logits: Tensor,
+        rows: slice,
         ids: Tensor,
-        normaliser: Tensor,
-        entropy: Tensor,
+        statistics: tuple[Tensor, Tensor, Tensor],
         grad_logprobs: Tensor,
         grad_entropy: Tensor | None,
-        temperature: float,
-    ) -> Tensor:
-        """Return the gradient of the logits [R, V] in the dtype of hidden; logits are gone."""
-        out = self._gradients[: len(logits)]
+    ) -> None:
+        """Turn the logits of the slab into gradients of hidden states and weights."""
+        _, entropy, normaliser = statistics
+        logits, gradients = self._logits[: len(ids)], self._gradients[: len(ids)]
         backward = chunked_logprobs.gather_backward
         if self._triton:
             from fastomni_kernels.triton_kernels.gather_logprobs import backward
-        backward(logits, ids, normaliser, entropy, grad_logprobs, grad_entropy, temperature, out)
-        return out
+        backward(
+            logits, ids, normaliser, entropy, grad_logprobs, grad_entropy, self._temperature,
+            gradients,
+        )  # fmt: skip
+        if self.grad_hidden is not None:
+            torch.mm(gradients, self._weight, out=self.grad_hidden[rows])
+        if self.grad_weight is not None:
+            _add_product(self.grad_weight, gradients.T, self._hidden[rows])
+
+
+class _ExponentialSlabs(_Slabs):
+    """The same where the memory's speed is what counts: a slab is passed over three times.
+
+    With E = exp(Z - max) and its row sums s, the probabilities E / s never have to be made. The
+    product U = E W gives both the expected logit, (U h) / s, and so the entropy, and the gradient
+    of h; the factors of a row go to the other side of the product with E that gives W's.
+    """
+
+    def logprobs(self, rows: slice, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Make the exponentials of a slab; return log-prob, entropy, log-sum-exp of each row."""
+        self._scaled = self._hidden[rows] / self._temperature
+        exponentials = torch.mm(self._scaled, self._weight.T, out=self._logits[: len(ids)])
+        largest = exponentials.amax(1, keepdim=True)
+        target = exponentials.sub_(largest).gather(1, ids[:, None])[:, 0]
+        self._total = exponentials.exp_().sum(1)
+        self._product = torch.mm(exponentials, self._weight).div_(self._total[:, None])
+        normaliser = self._total.log() + largest[:, 0]
+        logprobs = target - self._total.log()
+        return logprobs, normaliser - (self._product * self._scaled).sum(1), normaliser
+
+    def take_gradients(
+        self,
+        rows: slice,
+        ids: Tensor,
+        statistics: tuple[Tensor, Tensor, Tensor],
+        grad_logprobs: Tensor,
+        grad_entropy: Tensor | None,
+    ) -> None:
+        """Turn the exponentials of the slab into gradients of hidden states and weights."""
+        factor = grad_logprobs[:, None]
+        if self.grad_hidden is not None:
+            towards = torch.sub(self._weight[ids], self._product, out=self.grad_hidden[rows])
+            towards.mul_(factor / self._temperature)
+        if self.grad_weight is not None:
+            pulled = self._scaled * factor
+            exponentials = self._logits[: len(ids)]
+            self.grad_weight.addmm_(exponentials.T, pulled / self._total[:, None], alpha=-1)
+            self.grad_weight.index_add_(0, ids, pulled)
 
 
 def _implementation(hidden: Tensor, weight: Tensor, ids: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -80,18 +134,22 @@ def _implementation(hidden: Tensor, weight: Tensor, ids: Tensor, *rest: Any) -> 
     *numbers, temperature, workspace_bytes, need_hidden, need_weight, backend = rest[6:]
     settings = LossSettings(*numbers)
     check_id_range("linear_grpo_loss", ids, len(weight))
-    slabs = _Slabs(hidden, weight, workspace_bytes, backend)
+    by_entropy = -settings.entropy_coef * settings.token_weight
+    wants_gradients = need_hidden or need_weight
+    # Exponentials are all that a gradient through log-probs needs; one through the entropy needs
+    # the logits, and the sum by index is in a fixed order on a CPU alone.
+    plain = hidden.device.type == "cpu" and wants_gradients and not by_entropy
+    plain = plain and dispatch.choose("gather_logprobs", backend, hidden.device) == "reference"
+    slabs = (_ExponentialSlabs if plain else _Slabs)(
+        hidden, weight, temperature, workspace_bytes, backend, need_hidden, need_weight
+    )
     wide = torch.promote_types(hidden.dtype, torch.float32)
     logprobs, entropy = (hidden.new_empty(len(ids), dtype=wide) for _ in range(2))
-    grad_hidden = torch.empty_like(hidden) if need_hidden else hidden.new_empty(0)
-    grad_weight = torch.zeros_like(weight, dtype=wide) if need_weight else weight.new_empty(0)
-    by_entropy = -settings.entropy_coef * settings.token_weight
     parts = []
     for start in range(0, max(len(ids), 1), slabs.rows):
         rows = slice(start, min(start + slabs.rows, len(ids)))
-        logits = slabs.logits(rows)
-        statistics = slabs.statistics(logits, ids[rows], temperature)
-        logprobs[rows], entropy[rows], normaliser = statistics
+        statistics = slabs.logprobs(rows, ids[rows])
+        logprobs[rows], entropy[rows], _ = statistics
         given = (None if x is None else x[rows] for x in rest[:3])
         loss, metrics, grad_logprobs = torch.ops.fastomni.grpo_loss(
             statistics[0],
@@ -104,24 +162,18 @@ def _implementation(hidden: Tensor, weight: Tensor, ids: Tensor, *rest: Any) -> 
             backend,
         )
         parts.append((loss, metrics))
-        if not (need_hidden or need_weight):
-            continue
-        grad_entropy = torch.full_like(grad_logprobs, by_entropy) if by_entropy else None
-        gradients = slabs.gradients(
-            logits, ids[rows], normaliser, statistics[1], grad_logprobs, grad_entropy, temperature
-        )
-        if need_hidden:
-            torch.mm(gradients, weight, out=grad_hidden[rows])
-        if need_weight:
-            _add_product(grad_weight, gradients.T, hidden[rows])
+        if wants_gradients:
+            grad_entropy = torch.full_like(grad_logprobs, by_entropy) if by_entropy else None
+            slabs.take_gradients(rows, ids[rows], statistics, grad_logprobs, grad_entropy)
     losses, vectors = (torch.stack(x) for x in zip(*parts, strict=True))
+    grad_hidden, grad_weight = slabs.grad_hidden, slabs.grad_weight
     return (
         losses.sum(0),
         _combined(vectors),
         logprobs,
         entropy,
-        grad_hidden,
-        grad_weight.to(weight.dtype),
+        hidden.new_empty(0) if grad_hidden is None else grad_hidden,
+        weight.new_empty(0) if grad_weight is None else grad_weight.to(weight.dtype),
     )
 
 
