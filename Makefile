@@ -17,13 +17,15 @@ TEST_ENV := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2}
 RETRY = { echo 'Set-up failed: see above. Run the same command again; what is done is kept.' >&2; \
           exit 1; }
 
-.PHONY: help train test test-slow lint clean
+.PHONY: help train test test-slow test-gpu sanitize lint clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make train      train the embedded demo end to end (ARGS="key=value ..." changes settings)'
 	@echo 'make test       linters, types and all tests that are not slow'
 	@echo 'make test-slow  the slow tests'
+	@echo 'make test-gpu   the tests of the kernels, compiled, on the GPU of this machine'
+	@echo 'make sanitize   the same under compute-sanitizer (comes with CUDA)'
 	@echo 'make lint       linters and types'
 	@echo 'make clean      remove .venv and caches; runs/ is kept'
 
@@ -35,6 +37,17 @@ test: lint
 
 test-slow: $(VENV)/.ready-dev
 	@$(TEST_ENV) $(BIN)/python -m pytest -q -m slow $(ARGS)
+
+test-gpu: $(VENV)/.ready-dev
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { \
+	    echo 'torch sees no GPU here: run $(BIN)/python -m fastomni.doctor' >&2; exit 1; }
+	@$(BIN)/python -m pytest -q tests/ops tests/model/test_elementwise.py $(ARGS)
+
+sanitize: $(VENV)/.ready-dev
+	@command -v compute-sanitizer >/dev/null || { \
+	    echo 'compute-sanitizer is not on the path; it comes with the CUDA toolkit' >&2; exit 1; }
+	@PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
+	    $(BIN)/python -m pytest -q tests/ops -k kernel $(ARGS)
 
 lint: $(VENV)/.ready-dev
 	@$(BIN)/ruff check --quiet .

@@ -81,6 +81,8 @@ def check_module(
         run([*command, *arguments, "--scale", "0.01", "--workers", "1"], environment, folder)
         assert (folder / arguments[arguments.index("--out") + 1] / "rlvr.jsonl").is_file()
         assert (folder / arguments[arguments.index("--sheet") + 1]).stat().st_size > 10_000
+    elif module == "fastomni.doctor":
+        assert "Self-test" in run(command, environment, ROOT).stdout
     elif arguments == ["--help"]:
         assert "rlvr.rollout.num_generations" in run([*command, "--help"], environment, ROOT).stdout
     elif module in ("fastomni.infer", "fastomni.evaluate"):
@@ -118,6 +120,9 @@ def test_a_command_works(
         check_module(words[1:], python_environment, request)
     elif program == "python" and words[0] == "bench/step.py":
         run([sys.executable, *words, *TOY_BENCH], python_environment, ROOT)
+    elif program == "python" and words[0] == "bench/kernels.py":
+        said = run([sys.executable, *words, "--repeats", "1"], python_environment, ROOT).stdout
+        assert "fastomni reference" in said
     else:
         pytest.fail(f"no check for: {line}")
 

@@ -239,6 +239,11 @@ class GroupLayout:
         """[N + 1] int32: prompt tokens before each prompt (not rows: prompts packed alone)."""
         return self._counts(tuple(accumulate(self.prompt_lengths, initial=0)), torch.int32)
 
+    @lazily
+    def cu_groups(self) -> Tensor:
+        """[N + 1] int32: rows before each group."""
+        return self._counts(self.group_offsets, torch.int32)
+
     def repeated(self) -> GroupLayout:
         """Return the layout in which every completion has a prompt copy of its own.
 

@@ -10,6 +10,7 @@ prompt tokens, H hidden, V vocabulary, Hq query heads, Hkv key-value heads, D he
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -53,7 +54,9 @@ def prefix_attention(
 ) -> Tensor:
     """Attention of packed groups; see `reference.prefix_attention`.
 
-    On the CPU it runs on dense pieces without any mask; elsewhere it is the definition.
+    On the CPU it runs on dense pieces without any mask. Elsewhere, rows that share nothing (every
+    prompt has one completion at most, as in prefill and supervised training) are causal sequences
+    and go to `flash_varlen`; groups are the definition's.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit each other or the layout.
@@ -71,7 +74,24 @@ def prefix_attention(
     )
     if q.device.type == "cpu":
         return cpu_attention.prefix_attention(q, k, v, layout, scale)
+    if not shares_prompts(layout):
+        return causal_attention(q, k, v, layout, scale)
     return reference.prefix_attention(q, k, v, layout, scale)
+
+
+def shares_prompts(layout: GroupLayout) -> bool:
+    """Whether any prompt has more than one completion."""
+    return any(len(completions) > 1 for completions in layout.completion_lengths)
+
+
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: GroupLayout, scale: float | None = None
+) -> Tensor:
+    """Attention of groups with one completion at most: each is one causal sequence."""
+    offsets = layout.group_offsets
+    longest = max(stop - start for start, stop in pairwise(offsets))
+    rows = layout.cu_groups
+    return flash_varlen(q, k, v, rows, rows, longest, longest, causal=True, scale=scale)
 
 
 def prefix_decode(

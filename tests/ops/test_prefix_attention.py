@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastomni_kernels import GroupLayout, prefix_attention, prefix_decode, reference
+from fastomni_kernels import GroupLayout, ops, prefix_attention, prefix_decode, reference
 from fastomni_kernels.prefix_attention import _plan
 
 Groups = list[tuple[int, list[int]]]
@@ -171,6 +171,29 @@ def test_prompt_rows_do_not_depend_on_completions() -> None:
         prefix_attention(q, k, v, layout)[:9],
         prefix_attention(q[:9], k[:9], v[:9], alone),
     )
+
+
+def test_rows_that_share_nothing_are_causal_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = build([(5, [3]), (1, []), (9, [0]), (2, [40])])
+    shared = build([(5, [3]), (2, [4, 1])])
+    assert not ops.shares_prompts(alone) and ops.shares_prompts(shared)
+    q, k, v = random_inputs(alone, (6, 2), torch.float64)
+    actual = ops.causal_attention(q, k, v, alone, scale=0.3)
+    expected = reference.prefix_attention(q, k, v, alone, scale=0.3)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+    upstream = random_inputs(alone, (6, 2), torch.float64)[0].detach().flip(0)
+    grads, wanted = (torch.autograd.grad(x, (q, k, v), upstream) for x in (actual, expected))
+    torch.testing.assert_close(grads, wanted, rtol=0, atol=1e-12)
+
+    # What a device other than the CPU does, with meta tensors for its tensors.
+    seen: list[str] = []
+    monkeypatch.setattr(ops, "flash_varlen", lambda q, *_, **__: seen.append("varlen") or q)
+    monkeypatch.setattr(ops.reference, "prefix_attention", lambda q, *_: seen.append("groups") or q)
+    for layout in (alone, shared):
+        prefix_attention(
+            *(x.to("meta") for x in random_inputs(layout, (6, 2), torch.float32)), layout
+        )
+    assert seen == ["varlen", "groups"]
 
 
 @pytest.mark.parametrize("prompt_lengths", [(5, 5, 5), (5, 5, 3), (1, 4, 2)])
