@@ -17,8 +17,8 @@ from bench.cases import Answer, Case, Problem
 # Rows smaller than this share of the median row are measured against that: a row that is zero in
 # exact arithmetic has no size of its own.
 SMALLEST_ROW = 0.1
-# Rows that are widened to float64 at once.
-CHUNK_ROWS = 8192
+# Numbers that are widened to float64 at once: 256 MiB, beside a gradient of all logits of 4 GB.
+CHUNK_ELEMENTS = 2**25
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,9 @@ def compare(answer: Tensor, exact: Tensor, scale: float | None = None) -> tuple[
     largest: list[Tensor] = []
     differences: list[Tensor] = []
     sizes: list[Tensor] = []
-    for start in range(0, len(exact), CHUNK_ROWS):
-        rows = slice(start, start + CHUNK_ROWS)
+    step = max(1, CHUNK_ELEMENTS // exact.shape[-1])
+    for start in range(0, len(exact), step):
+        rows = slice(start, start + step)
         difference = answer[rows].double() - exact[rows]
         largest.append(difference.abs().max())
         differences.append(difference.norm(dim=-1))

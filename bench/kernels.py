@@ -59,7 +59,7 @@ def select(names: Sequence[str] | None) -> list[Case]:
     """Return the cases of the functions (or "function/mode") named, all where none is.
 
     Raises:
-        ValueError: an unknown name; says the nearest known one.
+        ValueError: an unknown name; says the nearest known one, or all where none is near.
     """
     known = {case.name: [case] for case in CASES}
     for case in CASES:
@@ -111,8 +111,8 @@ def plan(cases: Sequence[Case], sizes: Sequence[str], device: torch.device) -> l
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-    return f"did you mean {close[0]}?"
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"did you mean {close[0]}?" if close else f"choose from {', '.join(known)}"
 
 
 def show_list(device: torch.device) -> None:
@@ -205,7 +205,10 @@ def run(options: argparse.Namespace, jobs: Sequence[Job]) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status: 1 where a kernel of ours failed or erred."""
+    """The command line; returns 1 where a row of ours failed or erred, or nothing could be drawn.
+
+    2 where the command cannot be carried out.
+    """
     options = parse(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -218,14 +221,32 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    show(report)
+    # Files first: what reads our output may have closed it, and the figures took minutes.
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    if options.plot:
-        plot(report, options.plot)
+    undrawn = False
+    try:
+        if options.plot:
+            plot(report, options.plot)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        undrawn = True
+    show(report)
     rows = [row for result in report["cases"] for row in result["rows"] if row["ours"]]
-    return int(any(row["status"] in (FAILED, REFUSED) for row in rows))
+    return int(undrawn or any(row["status"] in (FAILED, REFUSED) for row in rows))
+
+
+def script() -> int:
+    """`main` for a shell: ends quietly where the reader of a pipe (`| head`) has gone."""
+    try:
+        status = main()
+        sys.stdout.flush()  # here and not in the interpreter's last moments, which cannot catch it
+    except BrokenPipeError:
+        # Python flushes once more at its end: into nothing.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13  # what a shell reports of a program that SIGPIPE ended
+    return status
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(script())

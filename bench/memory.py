@@ -10,6 +10,7 @@ it, and pages that it keeps after a release are in it.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import tempfile
@@ -49,6 +50,7 @@ def answer_bytes(answer: Answer) -> int:
 
 def measure_memory(call: Call, device: torch.device) -> Memory:
     """Run a call once, after it has run before, and return what it took."""
+    gc.collect()  # garbage of earlier calls must not be released while this one is measured
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -3,6 +3,8 @@
 A bar is the median time, its whisker goes from the least to the most, and the dashed line is the
 least time that the machine's ceilings allow. The axis is logarithmic where the slowest provider
 takes over twenty times as long as the line, because the line would be lost in the frame otherwise.
+What failed, or was refused for a wrong answer, is an empty bar with the reason in it; what cannot
+run on this machine at all (not installed, another device) has none.
 """
 
 from __future__ import annotations
@@ -14,13 +16,16 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
+from matplotlib.patches import Patch, Rectangle
 
+from bench.profiling import FAILED, REFUSED, TIMED
 from bench.tables import SECONDS, seconds, size
 
 OURS, PEER, INK, CEILING = "#0f766e", "#b8c0cc", "#1f2937", "#c2410c"
 COLUMNS, WIDTH, BAR_HEIGHT = 2, 14.0, 0.34
 LOGARITHMIC_FROM = 20.0
+BAR = 0.66  # of the distance between two bars
+LONGEST_REASON = 64  # characters of 8 points that fit into a panel
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
@@ -31,15 +36,35 @@ def plot(report: dict[str, Any], path: Path) -> None:
         path: of the PNG.
 
     Raises:
-        ValueError: nothing was timed.
+        ValueError: nothing ran.
     """
+    try:
+        figure = draw(report)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    figure.savefig(path, dpi=110)
+
+
+def draw(report: dict[str, Any]) -> Figure:
+    """Make the picture.
+
+    Args:
+        report: of `bench/kernels.py`.
+
+    Returns:
+        A figure with a canvas.
+
+    Raises:
+        ValueError: nothing ran.
+    """
+    shown = (TIMED, FAILED, REFUSED)
     panels = [
-        (result, [row for row in result["rows"] if row["status"] == "timed"])
+        (result, [row for row in result["rows"] if row["status"] in shown])
         for result in report["cases"]
     ]
     panels = [(result, rows) for result, rows in panels if rows]
     if not panels:
-        raise ValueError(f"{path}: nothing was timed, so there is nothing to draw")
+        raise ValueError("nothing ran, so there is nothing to draw")
     lines = [panels[i : i + COLUMNS] for i in range(0, len(panels), COLUMNS)]
     heights = [1.1 + BAR_HEIGHT * max(len(rows) for _, rows in line) for line in lines]
     figure = Figure(figsize=(WIDTH, sum(heights) + 1.0), layout="constrained")
@@ -65,35 +90,35 @@ def plot(report: dict[str, Any], path: Path) -> None:
         fontsize=12,
         color=INK,
     )
-    figure.legend(
-        handles=[
-            Patch(color=OURS, label="fastomni"),
-            Patch(color=PEER, label="peers"),
-            Line2D([], [], color=CEILING, linestyle="--", label="least time at the ceilings"),
-        ],
-        loc="outside lower center",
-        ncols=3,
-        frameon=False,
-    )
-    figure.savefig(path, dpi=110)
+    handles: list[Patch | Line2D] = [
+        Patch(color=OURS, label="fastomni"),
+        Patch(color=PEER, label="peers"),
+        Line2D([], [], color=CEILING, linestyle="--", label="least time at the ceilings"),
+    ]
+    if any(row["status"] != TIMED for _, rows in panels for row in rows):
+        empty = Patch(fill=False, edgecolor=INK, linestyle=":", label="no time: failed or refused")
+        handles.append(empty)
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    return figure
 
 
 def _panel(axes: Axes, result: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    medians = [row["median_s"] for row in rows]
+    timed = {place: row for place, row in enumerate(rows) if row["status"] == TIMED}
+    medians = [row["median_s"] for row in timed.values()]
     spread = [
-        [row["median_s"] - row["min_s"] for row in rows],
-        [row["max_s"] - row["median_s"] for row in rows],
+        [row["median_s"] - row["min_s"] for row in timed.values()],
+        [row["max_s"] - row["median_s"] for row in timed.values()],
     ]
-    places = range(len(rows))
     axes.barh(
-        places,
+        list(timed),
         medians,
-        xerr=spread,
-        color=[OURS if row["ours"] else PEER for row in rows],
+        xerr=spread if timed else None,
+        color=[OURS if row["ours"] else PEER for row in timed.values()],
         error_kw={"ecolor": INK, "elinewidth": 0.9, "capsize": 2},
-        height=0.66,
+        height=BAR,
     )
-    longest, floor = max(row["max_s"] for row in rows), result["floor_s"]
+    floor = result["floor_s"]
+    longest = max((row["max_s"] for row in timed.values()), default=floor)
     logarithmic = longest > LOGARITHMIC_FROM * floor
     if logarithmic:
         axes.set_xscale("log")
@@ -102,7 +127,10 @@ def _panel(axes: Axes, result: dict[str, Any], rows: list[dict[str, Any]]) -> No
     else:
         axes.set_xlim(0, 1.45 * max(longest, floor))
     axes.axvline(floor, color=CEILING, linestyle="--", linewidth=1.2)
-    for place, row in zip(places, rows, strict=True):
+    for place, row in enumerate(rows):
+        if row["status"] != TIMED:
+            _empty_bar(axes, place, row)
+            continue
         axes.annotate(
             f"{seconds(row['median_s'])}, +{size(row['extra_bytes'])}",
             (row["max_s"], place),
@@ -112,7 +140,7 @@ def _panel(axes: Axes, result: dict[str, Any], rows: list[dict[str, Any]]) -> No
             fontsize=8,
             color=INK,
         )
-    axes.set_yticks(places, [row["provider"] for row in rows], fontsize=9)
+    axes.set_yticks(range(len(rows)), [row["provider"] for row in rows], fontsize=9)
     shape = " x ".join(str(number) for number in result["sizes"].values())
     scale = "   (logarithmic)" if logarithmic else ""
     axes.set_title(f"{result['name']}   {shape}{scale}", fontsize=10, loc="left", color=INK)
@@ -120,6 +148,23 @@ def _panel(axes: Axes, result: dict[str, Any], rows: list[dict[str, Any]]) -> No
     axes.xaxis.set_minor_formatter(lambda value, _: "")
     axes.tick_params(axis="x", labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _empty_bar(axes: Axes, place: int, row: dict[str, Any]) -> None:
+    """An outline across the panel that says why there is no time."""
+    across = axes.get_yaxis_transform()  # x from 0 to 1 in the panel
+    color = OURS if row["ours"] else INK
+    axes.add_patch(
+        Rectangle((0, place - BAR / 2), 1, BAR, transform=across, fill=False, edgecolor=color,
+                  linestyle=":", linewidth=1.2)
+    )  # fmt: skip
+    reason = f"{row['status']}: {row['reason']}"
+    if len(reason) > LONGEST_REASON:
+        reason = reason[: LONGEST_REASON - 3] + "..."
+    axes.text(
+        0.01, place, reason, transform=across, va="center", fontsize=8, color=color,
+        parse_math=False, clip_on=True,
+    )  # fmt: skip
 
 
 def _tick(value: float) -> str:

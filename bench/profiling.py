@@ -145,12 +145,17 @@ def profile_case(
         problem.exact.clear()
         progress(f"{case.name} {shape}: timing {len(calls)} providers")
         timings = time_calls(calls, repeats, device)
-        for name, call in calls.items() if trace is not None else ():
-            assert trace is not None
-            trace.add(f"{case.name} {shape} {name}", call, device)
-    for row in rows:
-        if row["status"] == TIMED:
-            row |= _summary(timings[row["provider"]])
+        for row in rows:
+            if row["status"] != TIMED:
+                continue
+            name = row["provider"]
+            error = timings[name].error
+            if error is not None:  # memory may run out only where others' answers are alive too
+                row |= {"status": FAILED, "reason": f"while timed: {describe(error)}"}
+                continue
+            row |= _summary(timings[name])
+            if trace is not None:
+                trace.add(f"{case.name} {shape} {name}", calls[name], device)
     return {
         "name": case.name,
         "function": case.function,

@@ -3,7 +3,9 @@
 A slow spell of the machine then falls on all of them alike, and none always runs in the wake of the
 same other. On a GPU each call starts with a cold L2 cache: a buffer larger than the cache is filled
 before it, which also lets the host get ahead, so that the events enclose the device's work and not
-Python's. On a CPU a call that is too short for the clock is repeated within one measurement.
+Python's. On a CPU a call that is too short for the clock is repeated within one measurement. Python
+collects its garbage between rounds and never within one: what a peer's call leaves in reference
+cycles is gigabytes at a GPU's sizes.
 """
 
 from __future__ import annotations
@@ -34,10 +36,12 @@ class Timing:
     Attributes:
         seconds: of one call, one number per round.
         calls_per_round: how many calls each number is the mean of.
+        error: what a call raised, after which it was not called again; None: nothing.
     """
 
     seconds: tuple[float, ...]
     calls_per_round: int
+    error: Exception | None = None
 
 
 def time_calls(calls: Mapping[str, Call], repeats: int, device: torch.device) -> dict[str, Timing]:
@@ -51,25 +55,40 @@ def time_calls(calls: Mapping[str, Call], repeats: int, device: torch.device) ->
     names = list(calls)
     clock = _cuda_seconds if device.type == "cuda" else _cpu_seconds
     counts = dict.fromkeys(names, 1)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    errors: dict[str, Exception] = {}
+
+    def take(name: str) -> float | None:
+        """Seconds of one call; None where it raises, now or before (memory may run out late)."""
+        if name in errors:
+            return None
+        try:
+            return clock(calls[name], counts[name], device)
+        except Exception as error:
+            errors[name] = error.with_traceback(None)  # whose frames would keep tensors alive
+            return None
+
     if device.type == "cpu":
         for name in names:
-            taken = clock(calls[name], 1, device)
-            if taken < SHORTEST_S:  # once more: the first after another provider is a slow one
-                taken = min(taken, clock(calls[name], 1, device))
-            counts[name] = math.ceil(SHORTEST_S / max(taken, 1e-7))
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    gc.collect()
+            taken = take(name)
+            if taken is not None and taken < SHORTEST_S:
+                # Once more: the first after another provider is a slow one.
+                taken = min(taken, take(name) or taken)
+            counts[name] = math.ceil(SHORTEST_S / max(taken or SHORTEST_S, 1e-7))
+    enabled = gc.isenabled()
     gc.disable()
     try:
         for round_ in range(WARM_UP[device.type] + repeats):
+            gc.collect()
             for position in range(len(names)):
                 name = names[(round_ + position) % len(names)]
-                taken = clock(calls[name], counts[name], device)
-                if round_ >= WARM_UP[device.type]:
+                taken = take(name)
+                if round_ >= WARM_UP[device.type] and taken is not None:
                     seconds[name].append(taken)
     finally:
-        gc.enable()
-    return {name: Timing(tuple(seconds[name]), counts[name]) for name in names}
+        if enabled:
+            gc.enable()
+    return {name: Timing(tuple(seconds[name]), counts[name], errors.get(name)) for name in names}
 
 
 def _cpu_seconds(call: Call, count: int, device: torch.device) -> float:

@@ -1,10 +1,10 @@
 """TRL's GRPOTrainer with fastomni's log-probs and loss: a tiny model learns to repeat a digit.
 
-    pip install "fastomni[trl]"
+Run in the folder that holds setup.py:
+    pip install -e ".[trl]" --no-build-isolation
     python examples/trl_grpo.py
 
-Model, tokenizer and data are made here, so nothing is downloaded. It takes under a minute on a CPU,
-and a GPU is used where there is one.
+Nothing is downloaded. It takes under a minute on a CPU; a GPU is used where there is one.
 """
 
 import tempfile

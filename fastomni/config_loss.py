@@ -34,7 +34,7 @@ class LossConfig:
     dual_clip: float | None = None
     """Where the advantage is negative the ratio is also clipped above this; null: it is not."""
     cispo_max: float = 5.0
-    """Cap of the ratio where policy is cispo."""
+    """Cap of the ratio itself where policy is cispo, which has no use for clip_high."""
     sapo_temperature_positive: float = 1.0
     """Steepness of sapo's gate where the advantage is positive."""
     sapo_temperature_negative: float = 1.05
@@ -61,8 +61,6 @@ class LossConfig:
             lowest = 1 + self.clip_high
             problem = f"must exceed 1 + clip_high, here {lowest}: what is below is clipped already"
             check(self.dual_clip > lowest, "dual_clip", self.dual_clip, problem)
-            problem = f"has no effect where policy is {self.policy}; set it null, or policy to clip"
-            check(self.policy == "clip", "dual_clip", self.dual_clip, problem)
         for key in ("cispo_max", "sapo_temperature_positive", "sapo_temperature_negative"):
             check_positive(key, getattr(self, key))
         check_positive("mismatch_max", self.mismatch_max)
@@ -71,5 +69,33 @@ class LossConfig:
             inside = 0 <= self.mismatch_min <= highest
             problem = "must lie in [0, 1] and not above mismatch_max"
             check(inside, "mismatch_min", self.mismatch_min, problem)
-            problem = "has no effect where mismatch is none; set it null, or mismatch to a mode"
-            check(self.mismatch != "none", "mismatch_min", self.mismatch_min, problem)
+        self._check_uses()
+
+    def _check_uses(self) -> None:
+        """Refuses settings that would be ignored; a default cannot be told from one left out."""
+        for key, policy in _POLICY_OF.items():
+            remedy = f"leave it out, or set policy to {policy}"
+            if key == "clip_high" and self.policy == "cispo":
+                remedy = "leave it out, and cap the ratio itself with cispo_max"
+            problem = f"has no effect where policy is {self.policy}; {remedy}"
+            used = self.policy == policy or self._is_default(key)
+            check(used, key, getattr(self, key), problem)
+        for key in ("mismatch_min", "mismatch_max"):
+            remedy = "leave it out, or set mismatch to a mode"
+            problem = f"has no effect where mismatch is none; {remedy}"
+            used = self.mismatch != "none" or self._is_default(key)
+            check(used, key, getattr(self, key), problem)
+
+    def _is_default(self, key: str) -> bool:
+        return bool(getattr(self, key) == getattr(type(self), key))
+
+
+# Setting -> the only policy that reads it.
+_POLICY_OF = {
+    "clip_low": "clip",
+    "clip_high": "clip",
+    "dual_clip": "clip",
+    "cispo_max": "cispo",
+    "sapo_temperature_positive": "sapo",
+    "sapo_temperature_negative": "sapo",
+}

@@ -38,8 +38,11 @@ def require(extra: str, module: str | None = None) -> ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is not None and f"{name}.".startswith(f"{error.name}."):
-            problem = f'{name} is not installed; run: pip install "fastomni[{extra}]"'
-            raise ImportError(problem, name=name) from None
+            raise ImportError(
+                f"{name} is not installed; run in the folder that holds setup.py: "
+                f'pip install -e ".[{extra}]" --no-build-isolation',
+                name=name,
+            ) from None
         raise ImportError(
             f"{name} is installed but cannot be loaded: {error}", name=name
         ) from error

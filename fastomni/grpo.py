@@ -112,8 +112,8 @@ def train(
         with report.phase("score"):
             texts = [source.tokenizer.decode(ids) for ids in rollout.completions()]
             scores = score(rewards, texts, [row.label for row in rows])
-            advantages, no_spread, _ = compare(scores, settings, policy.device)
-        experience = Experience(prompts, rollout, advantages)
+            compared = compare(scores, settings, policy.device)
+        experience = Experience(prompts, rollout, compared.advantages)
         with report.phase("reference"):
             if reference is not None:
                 experience.reference_logprobs = reference_logprobs(
@@ -128,7 +128,7 @@ def train(
         with report.phase("update"):
             metrics = optimise(policy, engine, embeddings, experience, settings)
         metrics |= group_metrics(
-            scores, settings.reward_weights, no_spread, rollout.stopped, rollout.layout
+            scores, settings.reward_weights, compared, rollout.stopped, rollout.layout
         )
         report.step(step, metrics)
         if step == first_step + 1:
@@ -148,7 +148,7 @@ def score(
         labels: N labels; completions s * G .. belong to label s.
 
     Returns:
-        name -> [N, G] fp32 for each reward.
+        name -> [N, G] fp32 for each reward; NaN where a reward could not be given.
     """
     generations = len(texts) // len(labels)
     return {

@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 Reward = Callable[[str, str], float]
-"""(completion text, label) -> score."""
+"""(completion text, label) -> score; NaN where none can be given."""
 
 RewardT = TypeVar("RewardT", bound=Reward)
 
@@ -78,8 +78,9 @@ def resolve(names: Sequence[str]) -> list[Reward]:
         names: registered names, or `package.module:function` of the user's own.
 
     Returns:
-        One function per name; the user's own are wrapped so that a score that is no finite number
-        raises ValueError naming the reward.
+        One function per name; the user's own are wrapped so that a score that is neither a finite
+        number nor NaN raises ValueError naming the reward. NaN is a reward that cannot be given:
+        it takes no part in advantages and means, see `fastomni_kernels.group_advantages`.
 
     Raises:
         ValueError: a name that leads to no function, with the nearest name or the import's reason.
@@ -112,9 +113,10 @@ def _checked(name: str, function: Callable[[str, str], object]) -> Reward:
     @functools.wraps(function)
     def reward(text: str, label: str) -> float:
         score = function(text, label)
-        if not isinstance(score, (int, float)) or not math.isfinite(score):
+        if not isinstance(score, (int, float)) or math.isinf(score):
             raise ValueError(
-                f"rewards: {name} gave {score!r} for label {label!r}; return a finite number"
+                f"rewards: {name} gave {score!r} for label {label!r}; return a finite number, or "
+                "NaN where it has none to give"
             )
         return float(score)
 

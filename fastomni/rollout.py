@@ -164,7 +164,7 @@ def _draw(
     """Tokens [S] and their log-probabilities [S] from logits [S, V]."""
     if seeds is None or sampling.temperature == 0:
         tokens = logits.argmax(dim=-1)
-        return tokens, gather_logprobs(logits, tokens)[0]
+        return tokens, gather_logprobs(logits, tokens, with_entropy=False)[0]
     return sample(
         logits,
         seeds,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -33,9 +34,25 @@ for folder in (ROOT, ROOT / "kernels"):
 
 os.environ.setdefault("USE_HUB_KERNELS", "0")
 
+# What torch is built for -> the device file of its driver.
+GPU_DRIVERS = {"cuda": "/dev/nvidiactl", "hip": "/dev/kfd"}
+
+
+def has_gpu() -> bool:
+    """Whether torch is built for a GPU whose driver is here.
+
+    Read from torch's file of versions: tests that do without torch should not import it, and many a
+    machine without a GPU to compute on has AMD's driver.
+    """
+    torch_spec = find_spec("torch")
+    if torch_spec is None or torch_spec.origin is None:
+        return False
+    built = runpy.run_path(str(Path(torch_spec.origin).with_name("version.py")))
+    return any(built.get(kind) and Path(file).exists() for kind, file in GPU_DRIVERS.items())
+
+
 # Without a GPU, kernels run in Triton's interpreter: to be chosen before triton is imported.
-# /dev/nvidiactl and not torch.cuda: torch is not imported for tests that do without it.
-if not Path("/dev/nvidiactl").exists():
+if not has_gpu():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # A shell that starts a command in the background lets it ignore Ctrl-C, and children inherit that:

@@ -97,6 +97,56 @@ def test_calls_are_timed_in_turn(part: Any, monkeypatch: pytest.MonkeyPatch) -> 
     assert [times[name].calls_per_round for name in cost] == [1, 1, 7]
 
 
+def test_what_fails_while_it_is_timed_ends_nobody_else(part: Any) -> None:
+    calls = {"early": 0, "late": 0, "good": 0}
+
+    def call(name: str, last: int) -> Any:
+        def run() -> dict[str, torch.Tensor]:
+            calls[name] += 1
+            if calls[name] > last:
+                raise RuntimeError("out of memory")
+            return {}
+
+        return run
+
+    limits = {"early": 0, "late": 10**4, "good": 10**9}
+    times = part("timing").time_calls({n: call(n, limits[n]) for n in limits}, 3, CPU)
+    assert len(times["good"].seconds) == 3 and times["good"].error is None
+    for name in ("early", "late"):
+        assert str(times[name].error) == "out of memory"
+        assert calls[name] == limits[name] + 1  # not called again
+
+    cases = part("cases")
+    x = torch.ones(3)
+    seen: list[int] = []
+
+    def fails_later() -> dict[str, torch.Tensor]:
+        seen.append(1)
+        if len(seen) > 3:  # the check and two measurements of memory
+            raise RuntimeError("out of memory\nand more")
+        return {"y": 2 * x}
+
+    case = cases.Case(
+        "double", "forward", ("N",), {}, lambda sizes, itemsize: cases.Cost(8.0, 1.0, ""),
+        lambda *_: cases.Problem({"x": x}, {"y": 2 * x.double()}),
+        (cases.Provider("bad", lambda p: fails_later, ours=True),
+         cases.Provider("good", lambda p: lambda: {"y": 2 * x})),
+    )  # fmt: skip
+    bad, good = part("profiling").profile_case(case, (3,), "3", CPU, repeats=2)["rows"]
+    assert (bad["status"], bad["reason"]) == ("failed", "while timed: RuntimeError: out of memory")
+    assert "median_s" not in bad and good["status"] == "timed"
+
+
+def test_errors_do_not_depend_on_chunks(part: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = part("errors")
+    exact = torch.randn(7, 5).double()
+    wrong = (exact + torch.linspace(0, 1, 7)[:, None]).float()
+    whole = errors.compare(wrong, exact)
+    monkeypatch.setattr(errors, "CHUNK_ELEMENTS", 12)  # two rows
+    assert errors.compare(wrong, exact) == whole
+    assert whole[0] == pytest.approx(1.0)
+
+
 def test_exact_answers_do_not_depend_on_chunks(part: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     definitions = part("definitions")
     monkeypatch.setattr(definitions, "CHUNK_BYTES", 8 * 60 * 3)  # three rows

@@ -204,8 +204,11 @@ REFUSED = [
     ("rlvr.loss.cispo_max=0", "command line: rlvr.loss.cispo_max=0.0 must be greater than 0"),
     ("rlvr.loss={mismatch: token_mask, mismatch_min: 2}", "command line: rlvr.loss.mismatch_min=2.0 must lie in [0, 1] and not above mismatch_max"),
     # Conflicts
-    ("rlvr.loss={policy: sapo, dual_clip: 3}", "command line: rlvr.loss.dual_clip=3.0 has no effect where policy is sapo; set it null, or policy to clip"),
-    ("rlvr.loss.mismatch_min=0.5", "command line: rlvr.loss.mismatch_min=0.5 has no effect where mismatch is none; set it null, or mismatch to a mode"),
+    ("rlvr.loss={policy: sapo, dual_clip: 3}", "command line: rlvr.loss.dual_clip=3.0 has no effect where policy is sapo; leave it out, or set policy to clip"),
+    ("rlvr.loss={policy: cispo, clip_high: 3}", "command line: rlvr.loss.clip_high=3.0 has no effect where policy is cispo; leave it out, and cap the ratio itself with cispo_max"),
+    ("rlvr.loss.sapo_temperature_negative=1", "command line: rlvr.loss.sapo_temperature_negative=1.0 has no effect where policy is clip; leave it out, or set policy to sapo"),
+    ("rlvr.loss.mismatch_min=0.5", "command line: rlvr.loss.mismatch_min=0.5 has no effect where mismatch is none; leave it out, or set mismatch to a mode"),
+    ("rlvr.loss.mismatch_max=null", "command line: rlvr.loss.mismatch_max=null has no effect where mismatch is none; leave it out, or set mismatch to a mode"),
     ("rlvr.reward_weights=[1]", "command line: rlvr.reward_weights=[1.0] holds 1 for 2 rewards; give one for each"),
     ("rlvr.reward_weights=[0, 0]", "command line: rlvr.reward_weights=[0.0, 0.0] leaves nothing to learn from; give one reward a weight other than 0"),
     ("data.root=mine", "command line: data.root=mine and demo_dir are both set, and manifests can be relative to one; set one to null"),

@@ -15,6 +15,14 @@ from fastomni_kernels.advantages import AGGREGATIONS, BASELINES, SCALES
 
 # Given elsewhere in the RLVR stage: its beta, and its rollout's longest completion.
 ELSEWHERE = {"beta", "max_completion"}
+# Setting -> the choice without which it is refused; clip_low and others belong to the default.
+NEEDS = {
+    "cispo_max": {"policy": "cispo"},
+    "sapo_temperature_positive": {"policy": "sapo"},
+    "sapo_temperature_negative": {"policy": "sapo"},
+    "mismatch_min": {"mismatch": "token_mask"},
+    "mismatch_max": {"mismatch": "token_mask"},
+}
 NUMBERS = (-1.0, -0.1, 0.0, 0.5, 1.0, 1.2, 1.21, 3.0, 100.0)
 
 
@@ -52,8 +60,7 @@ def test_fields_types_and_defaults_agree() -> None:
 
 @pytest.mark.parametrize("name", names_of("float"))
 def test_ranges_agree(name: str) -> None:
-    # The configuration refuses a lower end without a mode to use it.
-    needs = {"mismatch_min": {"mismatch": "token_mask"}}.get(name, {})
+    needs = NEEDS.get(name, {})
     optional = "None" in str(get_type_hints(LossConfig)[name])
     values = (*NUMBERS, None) if optional else NUMBERS
     verdicts = [accepted(LossConfig, **{name: value}, **needs) for value in values]
@@ -78,6 +85,59 @@ def test_ranges_that_depend_on_each_other_agree(
         assert verdict == accepted(LossOptions, **settings), settings
         seen.add(verdict)
     assert seen == {True, False}
+
+
+SETTINGS: dict[str, float | None] = {
+    "clip_low": 0.1,
+    "clip_high": 0.28,
+    "dual_clip": 3.0,
+    "cispo_max": 4.0,
+    "sapo_temperature_positive": 1.5,
+    "sapo_temperature_negative": 1.5,
+    "mismatch_min": 0.5,
+    "mismatch_max": None,
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_setting_without_use_is_refused_by_both(name: str) -> None:
+    for policy, mismatch in itertools.product(("clip", "cispo", "sapo"), ("none", "token_mask")):
+        choices = {"policy": policy, "mismatch": mismatch}
+        needs = NEEDS.get(name, {"policy": "clip"})
+        used = needs.items() <= choices.items()
+        assert accepted(LossOptions, **{name: SETTINGS[name]}, **choices) == used, choices
+        assert accepted(LossConfig, **{name: SETTINGS[name]}, **choices) == used, choices
+        default = getattr(LossOptions, name)
+        assert LossOptions(**{name: default}, **choices) == LossOptions(**choices)
+        assert LossConfig(**{name: default}, **choices) == LossConfig(**choices)
+
+
+def test_the_refusal_says_which_choice_has_no_use_for_the_setting() -> None:
+    for settings, message in (
+        (
+            {"policy": "sapo", "clip_low": 0.1},
+            "LossOptions: clip_low=0.1; policy='sapo' has no use for it; leave it out",
+        ),
+        (
+            {"policy": "cispo", "clip_high": 5.0},
+            "LossOptions: clip_high=5.0; policy='cispo' has no use for it; leave it out, and cap "
+            "the ratio itself with cispo_max (TRL: epsilon_high)",
+        ),
+        (
+            {"mismatch_max": 2.0},
+            "LossOptions: mismatch_max=2.0; mismatch='none' has no use for it; leave it out",
+        ),
+    ):
+        with pytest.raises(ValueError) as caught:
+            LossOptions(**settings)
+        assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("longest", [2.5, 2.0, True, 0])
+def test_the_longest_completion_is_a_whole_number(longest: Any) -> None:
+    with pytest.raises(ValueError, match=f"^LossOptions: max_completion={longest}; it must be "):
+        LossOptions(max_completion=longest)
+    assert LossOptions(max_completion=2).max_completion == 2
 
 
 def test_words_for_advantages_are_those_of_the_kernel() -> None:

@@ -39,13 +39,20 @@ stages = st.builds(
     optimizer=optimizers,
     trainable=parts,
 )
-losses = st.builds(
-    LossConfig,
-    policy=st.sampled_from(["clip", "cispo", "sapo"]),
-    reduction=st.sampled_from(["grpo", "bnpo", "dapo", "dr_grpo"]),
-    clip_high=st.floats(0, 10),
-    mismatch=st.sampled_from(["none", "token_truncate", "sequence_mask"]),
-    entropy_coef=rates,
+losses = st.one_of(
+    st.builds(
+        LossConfig,
+        policy=st.just(policy),
+        reduction=st.sampled_from(["grpo", "bnpo", "dapo", "dr_grpo"]),
+        mismatch=st.sampled_from(["none", "token_truncate", "sequence_mask"]),
+        entropy_coef=rates,
+        **own,
+    )
+    for policy, own in (
+        ("clip", {"clip_high": st.floats(0, 10)}),
+        ("cispo", {"cispo_max": st.floats(0.1, 10)}),
+        ("sapo", {"sapo_temperature_positive": st.floats(0.1, 10)}),
+    )
 )
 trainings = st.builds(
     GrpoConfig,

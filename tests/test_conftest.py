@@ -1,6 +1,11 @@
-"""The fixture that poisons fresh memory does poison it, and leaves torch as it was afterwards."""
+"""Fresh memory is poisoned where a test asks for it, and kernels are interpreted without a GPU."""
 
 from __future__ import annotations
+
+import os
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,3 +24,34 @@ def test_fresh_memory_is_poisoned() -> None:
 def test_memory_is_poisoned_on_request_alone() -> None:
     assert torch.empty.__name__ == "empty"
     assert torch.empty_like.__name__ == "empty_like"
+
+
+@pytest.mark.parametrize(
+    ("driver", "built_for", "interpreted"),
+    [
+        ("/dev/nvidiactl", "cuda", False),
+        ("/dev/kfd", "hip", False),
+        ("/dev/kfd", "cuda", True),  # AMD's graphics beside a torch that cannot use it
+        ("/dev/nvidiactl", None, True),
+        (None, "cuda", True),
+    ],
+)
+def test_kernels_are_interpreted_where_torch_has_no_gpu(
+    driver: str | None,
+    built_for: str | None,
+    interpreted: bool,
+    repository: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    version = tmp_path / "torch" / "version.py"
+    version.parent.mkdir()
+    (version.parent / "__init__.py").touch()
+    builds = {"cuda": None, "hip": None, **({built_for: "1.0"} if built_for else {})}
+    version.write_text("".join(f"{kind} = {build!r}\n" for kind, build in builds.items()))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.setattr(Path, "exists", lambda path: str(path) == driver)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    runpy.run_path(str(repository / "tests" / "conftest.py"))
+    assert os.environ.get("TRITON_INTERPRET") == ("1" if interpreted else None)

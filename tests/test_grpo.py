@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import math
+import sys
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,6 +143,27 @@ def test_a_run_begins_on_its_reference_and_scores_what_it_says(
         sample = json.loads(line)
         wanted = [sum(map(ord, text)) % 7 / 6 for text in sample["completions"]]
         assert sample["rewards"]["toy_rewards:spread"] == pytest.approx(wanted)
+
+
+def test_a_run_counts_the_rewards_that_could_not_be_given(
+    train_toy: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    metrics_of: Callable[[Path], list[dict[str, float]]],
+) -> None:
+    # Of the nine completions of a step, each group's first has no reward at all.
+    calls = itertools.count()
+    own = types.ModuleType("own_rewards")
+    own.partial = lambda text, label: (math.nan, 1.0, 0.0)[  # type: ignore[attr-defined]
+        next(calls) % 3
+    ]
+    monkeypatch.setitem(sys.modules, "own_rewards", own)
+    options = (*ALONE, "rlvr.max_steps=1", 'rlvr.rewards=["own_rewards:partial"]')
+    (line,) = metrics_of(train_toy(tmp_path, *options) / "rlvr")
+    assert line["rewards/missing"] == 3.0
+    assert line["reward"] == line["rewards/own_rewards:partial/mean"] == 0.5
+    assert line["reward_std"] == pytest.approx(0.5**0.5)
+    assert all(math.isfinite(value) for value in line.values())
 
 
 def test_without_a_kl_there_is_no_reference_and_max_steps_ends_the_stage(

@@ -135,7 +135,10 @@ def test_a_missing_extra_names_the_command(extra: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(sys, "meta_path", [Absent(top), *sys.meta_path])
     with pytest.raises(ImportError) as caught:
         require(extra)
-    assert str(caught.value) == f'{name} is not installed; run: pip install "fastomni[{extra}]"'
+    assert str(caught.value) == (
+        f"{name} is not installed; run in the folder that holds setup.py: "
+        f'pip install -e ".[{extra}]" --no-build-isolation'
+    )
 
 
 class Absent:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
+import sys
 import time
+import types
 
 import pytest
 from hypothesis import example, given, settings
@@ -206,8 +209,19 @@ def test_own_reward_must_give_a_finite_number() -> None:
     (joined,) = resolve(["operator:add"])
     with pytest.raises(ValueError) as caught:
         joined("a", "b")
-    expected = "rewards: operator:add gave 'ab' for label 'b'; return a finite number"
-    assert str(caught.value) == expected
+    expected = "rewards: operator:add gave 'ab' for label 'b'; return a finite number, "
+    assert str(caught.value) == expected + "or NaN where it has none to give"
+
+
+def test_own_reward_may_be_nan_but_not_infinite(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = types.ModuleType("own_rewards")
+    own.parsed = lambda text, label: float(text)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "own_rewards", own)
+    (parsed,) = resolve(["own_rewards:parsed"])
+    assert math.isnan(parsed("nan", "b"))
+    for text in ("inf", "-inf"):
+        with pytest.raises(ValueError, match=f"gave {text} for label 'b'; return a finite number"):
+            parsed(text, "b")
 
 
 def test_a_name_can_be_registered_once() -> None:

@@ -44,6 +44,7 @@ RLVR_METRICS = {
     "rewards/format/mean",
     "rewards/format/std",
     "frac_reward_zero_std",
+    "rewards/missing",
     "completions/mean_length",
     "completions/min_length",
     "completions/max_length",

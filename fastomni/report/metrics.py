@@ -1,4 +1,10 @@
-"""Numbers about a step and about an evaluation, named as TRL names them."""
+"""Numbers about a step and about an evaluation, named as TRL names them.
+
+A reward that could not be given is NaN and takes no part in any number; a number that is left with
+no reward to be made of is no key at all, since NaN is no JSON and draws no curve.
+
+Shapes: N prompts, G completions each, S = N * G.
+"""
 
 from __future__ import annotations
 
@@ -8,41 +14,56 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from fastomni_kernels import GroupLayout
+from fastomni_kernels import GroupAdvantages, GroupLayout
 
 
 def group_metrics(
     scores: Mapping[str, Tensor],
     weights: Sequence[float] | None,
-    no_spread: Tensor,
+    compared: GroupAdvantages,
     stopped: Sequence[bool],
     layout: GroupLayout,
 ) -> dict[str, float]:
     """Metrics of a batch of groups.
 
     Args:
-        scores: reward name -> [N, G].
-        weights: one per reward, or None for 1 each; `reward` is the rewards' weighted sum.
-        no_spread: [N] bool, groups whose rewards are all equal.
+        scores: reward name -> [N, G]; NaN where a reward could not be given.
+        weights: one per reward, or None for 1 each; `reward` is the weighted sum of the rewards
+            that were given, for completions that have one.
+        compared: of these scores; which groups have no spread, and how many completions no reward.
         stopped: per sequence, whether it ended with a stop token.
         layout: lengths of the completions.
+
+    Returns:
+        Name -> number. Deviations (ddof=1) need two rewards, means one: what cannot be had is left
+        out. `reward_std` is the mean over the groups that have a deviation.
     """
     lengths = layout.sequence_lengths
     factors = torch.tensor(weights or [1.0] * len(scores))
-    reward = torch.stack(list(scores.values()), dim=-1) @ factors  # [N, G]
-    metrics = {"reward": float(reward.mean())}
+    table = torch.stack(list(scores.values()), dim=-1)  # [N, G, K]
+    given = ~table.isnan()
+    reward = (table.where(given, 0) @ factors).where(given.any(2), torch.nan)  # [N, G]
+    deviations = torch.stack([_deviation(group) for group in reward])
+    metrics = {"reward": reward.nanmean(), "reward_std": deviations.nanmean()}
     for name, values in scores.items():
-        metrics[f"rewards/{name}/mean"] = float(values.mean())
-        metrics[f"rewards/{name}/std"] = float(values.std())
-    return metrics | {
-        "reward_std": float(reward.std(dim=1).mean()),
-        "frac_reward_zero_std": float(no_spread.float().mean()),
+        metrics[f"rewards/{name}/mean"] = values.nanmean()
+        metrics[f"rewards/{name}/std"] = _deviation(values)
+    found = {name: float(value) for name, value in metrics.items() if not value.isnan()}
+    return found | {
+        "frac_reward_zero_std": float(compared.no_spread.float().mean()),
+        "rewards/missing": float(compared.missing.sum()),
         "completions/mean_length": sum(lengths) / len(lengths),
         "completions/min_length": float(min(lengths)),
         "completions/max_length": float(max(lengths)),
         "completions/tokens": float(sum(lengths)),
         "completions/clipped_ratio": 1 - sum(stopped) / len(stopped),
     }
+
+
+def _deviation(values: Tensor) -> Tensor:
+    """Standard deviation (ddof=1) of what was given; NaN where that is fewer than two."""
+    given = values[~values.isnan()]
+    return given.std() if len(given) > 1 else given.new_tensor(torch.nan)
 
 
 def loss_metrics(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:

@@ -7,6 +7,7 @@ the wait for clips. A checkpoint is written after a step's metrics, so its time 
 from __future__ import annotations
 
 import json
+import math
 import re
 import resource
 import sys
@@ -172,8 +173,11 @@ class StageReport:
         texts: Sequence[str],
         scores: Mapping[str, Tensor],
     ) -> None:
-        """Keeps the completions of the step's first clip with their rewards."""
-        rewards = {name: values[0].tolist() for name, values in scores.items()}
+        """Keeps the completions of the step's first clip with their rewards; null for NaN."""
+        rewards = {
+            name: [None if math.isnan(value) else value for value in values[0].tolist()]
+            for name, values in scores.items()
+        }
         generations = len(next(iter(rewards.values())))
         record = {
             "step": step,

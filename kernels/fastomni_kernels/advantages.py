@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastomni_kernels import dispatch, reference
-from fastomni_kernels.checks import check_float, require
+from fastomni_kernels.checks import check_float, check_kind, require
 from fastomni_kernels.library import define
 
 SCALES = ("group", "batch", "none")
@@ -90,6 +90,7 @@ def _check(
     aggregation: str,
 ) -> None:
     name = "group_advantages"
+    check_kind(name, "rewards", rewards, Tensor)
     shape = list(rewards.shape)
     require(
         rewards.dim() in (2, 3),

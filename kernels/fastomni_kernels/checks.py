@@ -7,11 +7,13 @@ operators, because `torch.compile` traces the public functions with tensors that
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
+
+TEMPERATURES = (1e-6, 1e6)
 
 
 def require(condition: bool, message: str) -> None:
@@ -20,8 +22,17 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def check_kind(function: str, name: str, x: object, kind: type) -> None:
+    """Refuse anything but an instance of `kind`."""
+    require(
+        isinstance(x, kind),
+        f"{function}: {name} is of type {type(x).__name__}; it must be a {kind.__name__}",
+    )
+
+
 def check_shape(function: str, name: str, x: Tensor, shape: Sequence[int | str]) -> None:
     """Refuse a tensor whose shape differs from `shape`; letters stand for any size."""
+    check_kind(function, name, x, Tensor)
     fits = x.dim() == len(shape) and all(
         isinstance(want, str) or want == have for want, have in zip(shape, x.shape, strict=True)
     )
@@ -64,11 +75,16 @@ def check_id_range(function: str, ids: Tensor, vocabulary: int) -> None:
 
 
 def check_temperature(function: str, temperature: float) -> None:
-    """Refuse a temperature that is not a positive number."""
+    """Refuse a temperature that is not a number from 1e-6 to 1e6.
+
+    Beyond them logits divided by it are all alike, or too far apart for fp32.
+    """
+    number = isinstance(temperature, Real) and not isinstance(temperature, bool)
+    lowest, highest = TEMPERATURES
     require(
-        math.isfinite(temperature) and temperature > 0,
-        f"{function}: temperature={temperature}; it must be a positive number (greedy decoding is "
-        "logits.argmax, not a temperature of 0)",
+        number and lowest <= temperature <= highest,
+        f"{function}: temperature={temperature!r}; it must be a positive number from {lowest:g} to "
+        f"{highest:g} (greedy decoding is logits.argmax, not a temperature of 0)",
     )
 
 

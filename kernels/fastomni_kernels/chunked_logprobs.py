@@ -103,13 +103,13 @@ def logit_gradient(
 
 
 def gather_forward(
-    logits: Tensor, ids: Tensor, temperature: float
+    logits: Tensor, ids: Tensor, temperature: float, with_entropy: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (logprobs, entropy, normaliser), each [M], of logits [M, V] of any float dtype."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     logprobs, entropy, normaliser = (logits.new_empty(len(ids), dtype=dtype) for _ in range(3))
     for rows in _row_blocks(logits):
-        part = statistics(_tempered(logits[rows], temperature), ids[rows])
+        part = statistics(_tempered(logits[rows], temperature), ids[rows], with_entropy)
         logprobs[rows], entropy[rows], normaliser[rows] = part
     return logprobs, entropy, normaliser
 

@@ -47,13 +47,13 @@ def explain(
 ) -> tuple[str, str]:
     """Return what `choose` would choose, and the reason, without remembering it."""
     wish, origin = requested, "asked for by the argument backend"
+    word = f"backend {requested!r}"
     if wish == "auto":
-        wish = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
-        origin = f"asked for by {ENVIRONMENT_VARIABLE}={wish}"
+        wish = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"  # empty is as good as not set
+        word = f"{ENVIRONMENT_VARIABLE}={wish}"
+        origin = f"asked for by {word}"
     if wish not in BACKENDS:
-        raise ValueError(
-            f"{function}: backend {wish!r} is unknown; use one of {', '.join(BACKENDS)}"
-        )
+        raise ValueError(f"{function}: {word} is unknown; use one of {', '.join(BACKENDS)}")
     if wish == "reference":
         return "reference", origin
     if not has_kernel:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastomni_kernels import dispatch
 from fastomni_kernels.checks import (
     check_float,
     check_ids,
@@ -85,7 +86,7 @@ def linear_grpo_loss(
     """Policy loss of packed completions from hidden states, without all logits at once.
 
     Gradients reach `hidden` and `weight`. There is no second derivative, and in workspace mode a
-    second backward through the same loss is refused by autograd.
+    second backward through the same loss is refused with a RuntimeError.
 
     Args:
         hidden: [M, H] rows that predict the tokens (`layout.predictor_rows` of the decoder's).
@@ -94,7 +95,7 @@ def linear_grpo_loss(
         advantages: [S].
         layout: which token belongs to which completion.
         options: settings of the loss.
-        temperature: > 0; divides the logits in fp32.
+        temperature: 1e-6 to 1e6; divides the logits in fp32.
         reference_logprobs: [M]; as for `grpo_loss`, like the next four.
         old_logprobs: [M].
         rollout_logprobs: [M].
@@ -112,12 +113,9 @@ def linear_grpo_loss(
         ValueError: what `linear_logprobs` and `grpo_loss` refuse, an unknown mode, or workspace
             mode with options or dtypes it cannot do.
     """
-    workspace_bytes = workspace_bytes or (
-        CUDA_WORKSPACE_BYTES if hidden.device.type == "cuda" else CPU_WORKSPACE_BYTES
-    )
     optional = (reference_logprobs, old_logprobs, rollout_logprobs)
     if not torch.compiler.is_compiling():
-        _check(hidden, weight, ids, temperature, workspace_bytes)
+        _check(hidden, weight, ids, temperature, workspace_bytes, backend)
         # A column of hidden stands for what will be computed: log-probs and entropy, [M] floats.
         given = {
             "reference_logprobs": reference_logprobs,
@@ -127,6 +125,9 @@ def linear_grpo_loss(
         }
         check_loss("linear_grpo_loss", hidden[:, 0], advantages, layout, options, given)
         check_totals("linear_grpo_loss", layout, num_sequences, num_tokens)
+    if workspace_bytes is None:
+        on_gpu = hidden.device.type == "cuda"
+        workspace_bytes = CUDA_WORKSPACE_BYTES if on_gpu else CPU_WORKSPACE_BYTES
     if _resolve(mode, options, hidden, weight) == "recompute":
         chunk_bytes = min(workspace_bytes, DEFAULT_CHUNK_BYTES)
         logprobs, entropy = linear_logprobs(
@@ -169,7 +170,12 @@ def linear_grpo_loss(
 
 
 def _check(
-    hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float, workspace_bytes: int
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    temperature: float,
+    workspace_bytes: int | None,
+    backend: str,
 ) -> None:
     name = "linear_grpo_loss"
     check_shape(name, "hidden", hidden, ("M", "H"))
@@ -178,7 +184,9 @@ def _check(
     check_float(name, hidden=hidden, weight=weight)
     check_ids(name, ids, hidden)
     check_temperature(name, temperature)
-    require(workspace_bytes > 0, f"{name}: workspace_bytes={workspace_bytes}; it must be positive")
+    positive = workspace_bytes is None or workspace_bytes > 0
+    require(positive, f"{name}: workspace_bytes={workspace_bytes}; it must be positive")
+    dispatch.explain(name, backend, hidden.device)  # raises under this name, not an inner one
 
 
 def _resolve(mode: str, options: LossOptions, hidden: Tensor, weight: Tensor) -> str:

@@ -30,6 +30,7 @@ def gather_logprobs(
     logits: Tensor,
     ids: Tensor,
     temperature: float = 1.0,
+    with_entropy: bool = True,
     inplace_backward: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -39,7 +40,9 @@ def gather_logprobs(
         logits: [M, V] any float dtype and strides; -inf for tokens that cannot be.
         ids: [M] int64. Ids outside the vocabulary are refused on the CPU; on a GPU, where looking
             would stop the stream, they give NaN.
-        temperature: > 0; divides the logits in fp32.
+        temperature: 1e-6 to 1e6; divides the logits in fp32.
+        with_entropy: False saves part of the forward; the entropy returned is then all zeros and
+            carries no gradient.
         inplace_backward: the backward writes the gradient over the logits, which saves memory of
             their size. They hold no logits afterwards, and whoever goes through them again in a
             backward gets an error. Without gradients it means nothing; under `torch.compile` the
@@ -51,7 +54,7 @@ def gather_logprobs(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, ids out of range on the CPU, a
-            temperature that is not positive, or logits whose memory cannot take a gradient.
+            temperature out of range, or logits whose memory cannot take a gradient.
     """
     name = "gather_logprobs"
     if not torch.compiler.is_compiling():
@@ -67,7 +70,8 @@ def gather_logprobs(
         if inplace_backward and logits.requires_grad and torch.is_grad_enabled():
             _check_overwritable(name, logits)
     operator = torch.ops.fastomni.gather_logprobs
-    logprobs, entropy, _ = operator(logits, ids, temperature, inplace_backward, backend)
+    settings = (temperature, with_entropy, inplace_backward, backend)
+    logprobs, entropy, _ = operator(logits, ids, *settings)
     return logprobs, entropy
 
 
@@ -87,7 +91,7 @@ def linear_logprobs(
         weight: [V, H] of the language-model head; any float dtype.
         ids: [M] int64. Ids outside the vocabulary are refused on the CPU; on a GPU, where looking
             would stop the stream, they give NaN.
-        temperature: > 0; divides the logits in fp32.
+        temperature: 1e-6 to 1e6; divides the logits in fp32.
         with_entropy: False saves part of the forward; the entropy returned is then all zeros and
             carries no gradient.
         chunk_bytes: bound on the logits, working copies and widened weights that exist at a time
@@ -101,7 +105,7 @@ def linear_logprobs(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, ids out of range on the CPU, a
-            temperature that is not positive, or no room for chunks.
+            temperature out of range, or no room for chunks.
     """
     name = "linear_logprobs"
     if not torch.compiler.is_compiling():
@@ -142,14 +146,19 @@ def _statistics_like(x: Tensor, rows: int | torch.SymInt, dtype: torch.dtype) ->
 
 
 def _gather(
-    logits: Tensor, ids: Tensor, temperature: float, inplace_backward: bool, backend: str
+    logits: Tensor,
+    ids: Tensor,
+    temperature: float,
+    with_entropy: bool,
+    inplace_backward: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_id_range("gather_logprobs", ids, logits.shape[1])
     if dispatch.choose("gather_logprobs", backend, logits.device) == "triton":
         from fastomni_kernels.triton_kernels import gather_logprobs as kernels
 
-        return kernels.forward(logits, ids, temperature)
-    return chunked_logprobs.gather_forward(logits, ids, temperature)
+        return kernels.forward(logits, ids, temperature, with_entropy)
+    return chunked_logprobs.gather_forward(logits, ids, temperature, with_entropy)
 
 
 def _gather_fake(logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -157,10 +166,10 @@ def _gather_fake(logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 
 def _gather_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, ids, ctx.temperature, ctx.inplace, ctx.backend = inputs
+    logits, ids, ctx.temperature, with_entropy, ctx.inplace, ctx.backend = inputs
     _, entropy, normaliser = output
     ctx.overwritten = False
-    ctx.mark_non_differentiable(normaliser)
+    ctx.mark_non_differentiable(normaliser, *([] if with_entropy else [entropy]))
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(logits, ids, normaliser, entropy)
 
@@ -168,7 +177,7 @@ def _gather_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 def _gather_gradient(
     ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _: None
 ) -> tuple[Tensor | None, ...]:
-    unused = (None,) * 4
+    unused = (None,) * 5
     if grad_logprobs is None and grad_entropy is None:
         return None, *unused
     if ctx.overwritten:
@@ -294,8 +303,8 @@ _SAVED = "Tensor ids, Tensor normaliser, Tensor entropy"
 _GRADS = "Tensor? grad_logprobs, Tensor? grad_entropy, float temperature"
 
 library.define(
-    "gather_logprobs(Tensor logits, Tensor ids, float temperature, bool inplace_backward, "
-    "str backend) -> (Tensor logprobs, Tensor entropy, Tensor normaliser)",
+    "gather_logprobs(Tensor logits, Tensor ids, float temperature, bool with_entropy, "
+    "bool inplace_backward, str backend) -> (Tensor logprobs, Tensor entropy, Tensor normaliser)",
     _gather,
     _gather_fake,
     setup_context=_gather_context,

@@ -38,7 +38,7 @@ METRICS = TOTALS + SMALLEST + LARGEST
 KL_ESTIMATORS = ("k1", "k2", "k3")
 
 # A ratio of e^60 stays finite in fp32 with everything it is multiplied by; an infinite one would
-# make NaN of a token that is clipped, or whose advantage is 0.
+# make NaN of a token that is clipped or masked, or whose advantage is 0.
 MAX_LOG_RATIO = 60.0
 
 
@@ -112,6 +112,10 @@ class _Segments:
         return self.sum(values) / self.at_tokens(self._counts)
 
 
+def _ratio(log_ratio: Tensor) -> Tensor:
+    return log_ratio.clamp(max=MAX_LOG_RATIO).exp()
+
+
 def _policy_term(
     ratio: Tensor, logprobs: Tensor, advantages: Tensor, settings: LossSettings
 ) -> tuple[Tensor, Tensor]:
@@ -126,8 +130,8 @@ def _policy_term(
         return 4 / steepness * gate * advantages, 4 * gate * (1 - gate) * advantages * ratio
     free = ratio.clamp(max=settings.dual_clip) * advantages
     bounded = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high) * advantages
-    moves = (free <= bounded) & (ratio <= settings.dual_clip)
-    return torch.minimum(free, bounded), (ratio * advantages).where(moves, 0)
+    stays = (free > bounded) | (ratio > settings.dual_clip)  # not where NaN
+    return torch.minimum(free, bounded), (ratio * advantages).masked_fill(stays, 0)
 
 
 def _mismatch_weights(ratio: Tensor, settings: LossSettings) -> Tensor:
@@ -165,8 +169,18 @@ def _mismatch_metrics(drift: Tensor, ratio: Tensor, settings: LossSettings) -> d
         f"{prefix}/mean": ratio.sum() * settings.token_weight,
         f"{prefix}/min": smallest,
         f"{prefix}/max": largest,
-        "rollout_kl": (drift.expm1() - drift).sum() * settings.token_weight,
+        "rollout_kl": _kl(drift.clamp(max=MAX_LOG_RATIO), "k3").sum() * settings.token_weight,
     }
+
+
+def _mismatch(
+    old: Tensor, rollout_logprobs: Tensor, segments: _Segments, settings: LossSettings
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Factor of the policy term of each token, and metrics of trainer against rollout."""
+    drift = (old - rollout_logprobs.to(old.dtype)).masked_fill(rollout_logprobs.isnan(), 0)
+    log_ratio = segments.sum(drift) if settings.mismatch.startswith("sequence") else drift
+    ratio = _ratio(log_ratio)
+    return _mismatch_weights(ratio, settings), _mismatch_metrics(drift, ratio, settings)
 
 
 def grpo_loss(
@@ -183,9 +197,7 @@ def grpo_loss(
     """Loss, metrics and gradient of packed completions; see `policy_loss.grpo_loss`.
 
     Args:
-        logprobs: [M] of the policy.
-        entropy: [M].
-        reference_logprobs: [M].
+        logprobs, entropy, reference_logprobs: [M].
         old_logprobs: [M]; `logprobs` themselves, as constants, where None.
         rollout_logprobs: [M]; NaN counts as equal to `old_logprobs`.
         advantages: [S].
@@ -208,17 +220,13 @@ def grpo_loss(
     metrics = dict.fromkeys(METRICS, logprobs.new_zeros(()))
 
     log_ratio = logprobs - old
-    log_ratio = segments.mean(log_ratio) if settings.ratio == "sequence" else log_ratio
-    ratio = log_ratio.clamp(max=MAX_LOG_RATIO).exp()
+    ratio = _ratio(segments.mean(log_ratio) if settings.ratio == "sequence" else log_ratio)
     gain, slope = _policy_term(ratio, logprobs, token_advantages, settings)
     metrics |= _ratio_metrics(ratio, token_advantages, settings)
     if rollout_logprobs is not None:
-        drift = (old - rollout_logprobs.to(dtype)).masked_fill(rollout_logprobs.isnan(), 0)
-        by_sequence = settings.mismatch.startswith("sequence")
-        mismatch_ratio = (segments.sum(drift) if by_sequence else drift).exp()
-        factor = _mismatch_weights(mismatch_ratio, settings)
+        factor, measured = _mismatch(old, rollout_logprobs, segments, settings)
         gain, slope = gain * factor, slope * factor
-        metrics |= _mismatch_metrics(drift, mismatch_ratio, settings)
+        metrics |= measured
     if settings.ratio == "sequence" and settings.policy != "cispo":
         slope = segments.mean(slope)  # each token moves the ratio of all tokens by 1 / C_s
     metrics["policy_loss"] = loss = (-weights * gain).sum()

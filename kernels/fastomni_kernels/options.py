@@ -29,13 +29,14 @@ class LossOptions:
             divided by completions * max_completion (arXiv:2503.20783).
         beta: weight of the KL penalty; R1-Omni trains with 0.04.
         kl: estimator of the KL, "k1", "k2" or "k3" (Schulman, "Approximating KL divergence").
-        clip_low: the ratio is clipped below 1 - clip_low where the advantage is negative
-            (TRL: epsilon).
+        clip_low: under "clip" the ratio is clipped below 1 - clip_low where the advantage is
+            negative (TRL: epsilon).
         clip_high: and above 1 + clip_high where it is positive (TRL: epsilon_high).
         dual_clip: where the advantage is negative the ratio is also clipped above this
             (arXiv:1912.09729; TRL: delta); None: not.
         cispo_max: cap of the detached ratio under "cispo" (TRL: epsilon_high there).
-        sapo_temperature_positive: steepness of the gate where the advantage is positive.
+        sapo_temperature_positive: steepness of the gate under "sapo" where the advantage is
+            positive (TRL: sapo_temperature_pos).
         sapo_temperature_negative: where it is not (TRL: sapo_temperature_neg).
         mismatch: correction by exp(trainer's log-prob at rollout time - rollout's log-prob), per
             token or as product over the sequence; "truncate" clamps it to the range
@@ -46,7 +47,8 @@ class LossOptions:
         max_completion: longest completion a rollout may give, in tokens; needed by "dr_grpo".
 
     Raises:
-        ValueError: a value out of range, or a setting that another one needs.
+        ValueError: a value out of range, a setting that another one needs, or a value other than
+            the default of a setting for which the policy, or mismatch "none", has no use.
     """
 
     policy: Literal["clip", "cispo", "sapo"] = "clip"
@@ -77,7 +79,10 @@ class LossOptions:
                 continue
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             self._require(number and math.isfinite(value), name, "it must be a finite number")
+        whole = self.max_completion is None or isinstance(self.max_completion, int)
+        self._require(whole, "max_completion", "it must be an integer")
         self._check_ranges()
+        self._check_uses()
 
     def _check_ranges(self) -> None:
         self._require(self.beta >= 0, "beta", "it must not be negative")
@@ -86,8 +91,6 @@ class LossOptions:
         if self.dual_clip is not None:
             lowest = 1 + self.clip_high
             self._require(self.dual_clip > lowest, "dual_clip", f"it must exceed {lowest}")
-            problem = f"policy={self.policy!r} has no use for it; leave it out"
-            self._require(self.policy == "clip", "dual_clip", problem)
         for name in ("cispo_max", "sapo_temperature_positive", "sapo_temperature_negative"):
             self._require(getattr(self, name) > 0, name, "it must be positive")
         if self.mismatch_max is not None:
@@ -102,11 +105,34 @@ class LossOptions:
             problem = "reduction='dr_grpo' divides by it; pass the rollout's longest completion"
             self._require(False, "max_completion", problem)
 
+    def _check_uses(self) -> None:
+        """Refuse settings that would be ignored; a default cannot be told from one left out."""
+        for name, policy in _POLICY_OF.items():
+            problem = f"policy={self.policy!r} has no use for it; leave it out"
+            if name == "clip_high" and self.policy == "cispo":
+                problem += ", and cap the ratio itself with cispo_max (TRL: epsilon_high)"
+            self._require(self.policy == policy or self._is_default(name), name, problem)
+        for name in ("mismatch_min", "mismatch_max"):
+            problem = "mismatch='none' has no use for it; leave it out"
+            self._require(self.mismatch != "none" or self._is_default(name), name, problem)
+
+    def _is_default(self, name: str) -> bool:
+        return bool(getattr(self, name) == getattr(type(self), name))
+
     def _require(self, condition: bool, name: str, problem: str) -> None:
         if not condition:
             raise ValueError(f"LossOptions: {name}={getattr(self, name)!r}; {problem}")
 
 
+# Setting -> the only policy that reads it.
+_POLICY_OF = {
+    "clip_low": "clip",
+    "clip_high": "clip",
+    "dual_clip": "clip",
+    "cispo_max": "cispo",
+    "sapo_temperature_positive": "sapo",
+    "sapo_temperature_negative": "sapo",
+}
 _HINTS = get_type_hints(LossOptions)
 _WORDS = {name: get_args(hint) for name, hint in _HINTS.items() if get_origin(hint) is Literal}
 # Name of each number -> whether it may be None.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastomni_kernels import dispatch, loss_definition
-from fastomni_kernels.checks import check_float, check_shape, require
+from fastomni_kernels.checks import check_float, check_kind, check_shape, require
 from fastomni_kernels.layout import GroupLayout
 from fastomni_kernels.library import define
 from fastomni_kernels.loss_definition import KL_ESTIMATORS, METRICS, LossSettings
@@ -212,8 +212,16 @@ def check_loss(
     optional: dict[str, Tensor | None],
 ) -> None:
     """Refuse tensors that do not fit the layout or one another, or that options miss."""
+    check_kind(name, "layout", layout, GroupLayout)
+    check_kind(name, "options", options, LossOptions)
     tokens = (layout.num_completion_tokens,)
     check_shape(name, "logprobs", logprobs, tokens)
+    check_kind(name, "advantages", advantages, Tensor)
+    require(
+        advantages.dim() != 2 or advantages.numel() != layout.num_sequences,
+        f"{name}: advantages has shape {list(advantages.shape)}; it must be "
+        f"[{layout.num_sequences}], one per completion: pass advantages.flatten()",
+    )
     check_shape(name, "advantages", advantages, (layout.num_sequences,))
     given = {label: x for label, x in optional.items() if x is not None}
     for label, x in given.items():

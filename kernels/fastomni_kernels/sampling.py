@@ -119,7 +119,7 @@ def sample(
         logits: [S, V], -inf allowed for tokens that cannot be.
         seeds: [S] int64, one per sequence.
         position: index of the token within its completion, one host int or [S] int64.
-        temperature: > 0; divides the logits in fp32.
+        temperature: 1e-6 to 1e6; divides the logits in fp32.
         top_k: see `truncation_mask`; 0 is off.
         top_p: see `truncation_mask`; 1 is off.
         min_p: see `truncation_mask`; 0 is off.

@@ -38,7 +38,7 @@ class _Slabs:
         # Logits stay in fp32: in bf16 a logit of 20 is off by 0.06, and so is its log-prob.
         wide = torch.promote_types(hidden.dtype, torch.float32)
         narrow = hidden.dtype != wide
-        self._triton = dispatch.choose("gather_logprobs", backend, hidden.device) == "triton"
+        self._triton = dispatch.choose("linear_grpo_loss", backend, hidden.device) == "triton"
         self._hidden, self._weight, self._temperature = hidden, weight, temperature
         row_bytes = len(weight) * (wide.itemsize + (hidden.dtype.itemsize if narrow else 0))
         scratch = 0 if self._triton else chunked_logprobs.GATHER_BYTES
@@ -139,7 +139,7 @@ def _implementation(hidden: Tensor, weight: Tensor, ids: Tensor, *rest: Any) -> 
     # Exponentials are all that a gradient through log-probs needs; one through the entropy needs
     # the logits, and the sum by index is in a fixed order on a CPU alone.
     plain = hidden.device.type == "cpu" and wants_gradients and not by_entropy
-    plain = plain and dispatch.choose("gather_logprobs", backend, hidden.device) == "reference"
+    plain = plain and dispatch.choose("linear_grpo_loss", backend, hidden.device) == "reference"
     slabs = (_ExponentialSlabs if plain else _Slabs)(
         hidden, weight, temperature, workspace_bytes, backend, need_hidden, need_weight
     )
@@ -208,6 +208,7 @@ def _fake(hidden: Tensor, weight: Tensor, ids: Tensor, *rest: Any) -> tuple[Tens
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
+    ctx.scaled = False
     ctx.save_for_backward(*output[4:])
 
 
@@ -215,8 +216,15 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: object) -> tuple[Tensor | 
     others = [None] * (len(ctx.needs_input_grad) - 2)
     if grad_loss is None:
         return None, None, *others
+    if ctx.scaled:
+        raise RuntimeError(
+            "linear_grpo_loss: in workspace mode the first backward gave the gradients away, so "
+            "there can be no second one; use mode='recompute' to go through the graph again"
+        )
     grads: list[Tensor | None] = []
-    for needed, grad in zip(ctx.needs_input_grad[:2], ctx.saved_tensors, strict=True):
+    saved = ctx.saved_tensors
+    ctx.scaled = all(type(grad) is Tensor for grad in saved)  # see _scaled
+    for needed, grad in zip(ctx.needs_input_grad[:2], saved, strict=True):
         grads.append(_scaled(grad, grad_loss) if needed else None)
     return *grads, *others
 
@@ -226,7 +234,7 @@ def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
     if type(grad) is not Tensor:  # a compiler's stand-in: it plans memory itself
         return grad * factor.to(grad.dtype)
     torch.ops.fastomni.scale_(grad, factor)
-    torch.autograd.graph.increment_version(grad)  # a second backward finds a changed tensor
+    torch.autograd.graph.increment_version(grad)
     return grad.detach()
 
 

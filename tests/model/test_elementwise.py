@@ -280,4 +280,7 @@ def test_without_liger_plain_torch_runs(fresh: None, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sys, "meta_path", [Absent(), *sys.meta_path])
     name, reason = implementation("rms_norm", CUDA, torch.bfloat16)
     assert name == "torch"
-    assert reason == ('liger_kernel.ops is not installed; run: pip install "fastomni[liger]"')
+    assert reason == (
+        "liger_kernel.ops is not installed; run in the folder that holds setup.py: "
+        'pip install -e ".[liger]" --no-build-isolation'
+    )

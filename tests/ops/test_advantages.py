@@ -216,6 +216,7 @@ def test_the_operator_is_registered(backend: str) -> None:
 @pytest.mark.parametrize(
     ("rewards", "keywords", "message"),
     [
+        ([[0.0, 1.0]], {}, "rewards is of type list; it must be a Tensor"),
         (torch.zeros(3), {}, r"rewards has shape \[3\]; it must be \[N, G\] or \[N, G, K\]"),
         (torch.zeros(2, 1), {}, "1 completion per prompt leaves nothing to compare"),
         (torch.zeros(2, 2, dtype=torch.int64), {}, "must be a float tensor"),
@@ -233,7 +234,7 @@ def test_the_operator_is_registered(backend: str) -> None:
     ],
 )
 def test_what_cannot_be_compared_is_refused(
-    backend: str, rewards: torch.Tensor, keywords: dict[str, Any], message: str
+    backend: str, rewards: Any, keywords: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=f"group_advantages: .*{message}"):
         group_advantages(rewards, **{"backend": backend, **keywords})

@@ -53,8 +53,30 @@ def test_unknown_words_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="f: backend 'gpu' is unknown; use one of auto, triton"):
         dispatch.explain("f", "gpu", CPU)
     monkeypatch.setenv("FASTOMNI_KERNELS", "cutlass")
-    with pytest.raises(ValueError, match="backend 'cutlass' is unknown"):
+    with pytest.raises(ValueError, match="f: FASTOMNI_KERNELS=cutlass is unknown; use one of auto"):
         dispatch.explain("f", "auto", CPU)
+
+
+def test_an_empty_variable_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTOMNI_KERNELS", "")
+    assert dispatch.explain("f", "auto", CPU) == ("reference", "the tensors are on cpu")
+    assert dispatch.explain("f", "auto", CUDA) == ("triton", "the tensors are on cuda:0")
+
+
+@pytest.mark.parametrize("mode", ["recompute", "workspace"])
+def test_the_fused_loss_speaks_in_its_own_name(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = GroupLayout.build([2], [[3, 2]])
+    inputs = (torch.ones(5, 8), torch.ones(30, 8), torch.arange(5), torch.ones(2), layout)
+    with pytest.raises(ValueError, match=r"^linear_grpo_loss: backend 'gpu' is unknown"):
+        linear_grpo_loss(*inputs, mode=mode, backend="gpu")
+    monkeypatch.setattr(dispatch, "interpreted", lambda: False)
+    with pytest.raises(ValueError, match=r"^linear_grpo_loss: backend 'triton' was asked for"):
+        linear_grpo_loss(*inputs, mode=mode, backend="triton")
+    if mode == "workspace":
+        monkeypatch.setattr(dispatch, "choices", {})
+        linear_grpo_loss(*inputs, mode=mode)
+        chosen = [("linear_grpo_loss", "reference"), ("grpo_loss", "reference")]
+        assert list(dispatch.choices) == chosen
 
 
 def test_what_stands_in_the_way_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:

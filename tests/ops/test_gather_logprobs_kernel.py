@@ -6,6 +6,7 @@ shipped size one.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -100,6 +101,14 @@ def test_without_entropy_only_the_entropy_differs(poisoned_memory: None, block: 
     without = kernels.forward(logits, ids, 1.0, with_entropy=False)
     assert torch.equal(without[0], logprobs) and torch.equal(without[2], normaliser)
     assert (without[1] == 0).all() and (entropy > 0).all()
+    flags: list[bool] = []
+    forward = kernels.forward
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(kernels, "forward", lambda *x: (flags.append(x[3]), forward(*x))[1])
+        for with_entropy in (True, False):
+            values = gather_logprobs(logits, ids, 1.0, with_entropy, backend="triton")
+            assert torch.equal(values[1], entropy if with_entropy else without[1])
+    assert flags == [True, False]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -252,10 +261,10 @@ def test_gradcheck_through_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_opcheck(backend: str) -> None:
     logits, ids = normal(4, 37, dtype=torch.float32), random_ids(4, 37)
     operators = torch.ops.fastomni
-    for inplace in (False, True):
-        arguments = (logits.clone().requires_grad_(), ids, 0.8, inplace, backend)
+    for flags in itertools.product((False, True), repeat=2):  # with_entropy, inplace_backward
+        arguments = (logits.clone().requires_grad_(), ids, 0.8, *flags, backend)
         opcheck(operators.gather_logprobs.default, arguments)
-    _, entropy, normaliser = operators.gather_logprobs(logits, ids, 0.8, False, backend)
+    _, entropy, normaliser = operators.gather_logprobs(logits, ids, 0.8, True, False, backend)
     first, second = normal(2, 4, seed=2, dtype=torch.float32)
     for grads in ((first, second), (first, None), (None, second)):
         arguments = (logits, ids, normaliser, entropy, *grads, 0.8, backend)
@@ -265,11 +274,12 @@ def test_opcheck(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 @pytest.mark.parametrize("inplace", [False, True])
-def test_torch_compile_gives_the_same(backend: str, inplace: bool) -> None:
+@pytest.mark.parametrize("with_entropy", [True, False])
+def test_torch_compile_gives_the_same(backend: str, with_entropy: bool, inplace: bool) -> None:
     logits, ids = normal(4, 37, dtype=torch.float32).requires_grad_(), random_ids(4, 37)
 
     def total(x: Tensor) -> Tensor:
-        logprobs, entropy = gather_logprobs(2 * x, ids, 0.8, inplace, backend)
+        logprobs, entropy = gather_logprobs(2 * x, ids, 0.8, with_entropy, inplace, backend)
         return (logprobs + entropy.square()).sum()
 
     compiled = torch.compile(total, fullgraph=True, backend="aot_eager")

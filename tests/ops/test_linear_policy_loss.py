@@ -201,7 +201,7 @@ def test_a_second_backward_is_refused() -> None:
     problem = Problem()
     loss = problem.loss(OPTIONS[0], mode="workspace").loss
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match=r"^linear_grpo_loss: .* use mode='recompute'"):
         loss.backward()
     recomputed = problem.loss(OPTIONS[0], mode="recompute").loss
     recomputed.backward(retain_graph=True)
@@ -277,7 +277,9 @@ def allocations(sizes: list[int]) -> Iterator[None]:
     """Collects the bytes of every tensor that torch makes inside."""
 
     class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             result = func(*args, **(kwargs or {}))
             for x in result if isinstance(result, (tuple, list)) else [result]:
                 if isinstance(x, Tensor):
@@ -294,6 +296,10 @@ def allocations(sizes: list[int]) -> Iterator[None]:
         ({"mode": "fast"}, "mode='fast'; use one of auto, recompute, workspace"),
         ({"workspace_bytes": -1}, "workspace_bytes=-1; it must be positive"),
         ({"temperature": 0.0}, "temperature=0.0; it must be a positive number"),
+        ({"hidden": [[1.0]]}, "hidden is of type list; it must be a Tensor"),
+        ({"layout": [19]}, "layout is of type list; it must be a GroupLayout"),
+        ({"options": {"beta": 0.04}}, "options is of type dict; it must be a LossOptions"),
+        ({"workspace_bytes": 0}, "workspace_bytes=0; it must be positive"),
         ({"num_tokens": 3}, "num_tokens=3 but this micro-batch alone has 19"),
         ({"reference_logprobs": None}, r"beta=0.04 needs reference_logprobs, which is missing"),
         ({"old_logprobs": torch.zeros(3)}, r"old_logprobs has shape \[3\]; it must be \[19\]"),

@@ -35,7 +35,7 @@ def test_inplace_backward_gives_the_same_gradient_in_the_logits_memory(
         leaf = normal(6, 40).to(dtype).requires_grad_()
         logits = leaf * 1
         before = logits.detach().clone()
-        logprobs, entropy = gather_logprobs(logits, ids, 0.7, inplace, backend)
+        logprobs, entropy = gather_logprobs(logits, ids, 0.7, True, inplace, backend)
         assert torch.equal(logits, before)
         seen: list[int] = []
         logits.register_hook(lambda grad, seen=seen: seen.append(grad.data_ptr()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -73,14 +74,18 @@ def test_a_frozen_input_changes_nothing_for_the_other(frozen: int) -> None:
 
 def test_entropy_is_off_where_nobody_asks_for_it() -> None:
     hidden, weight, ids = normal(6, 3).requires_grad_(), normal(5, 3), random_ids(6, 5)
-    with_it = linear_logprobs(hidden, weight, ids)
-    without = linear_logprobs(hidden, weight, ids, with_entropy=False)
-    torch.testing.assert_close(without[0], with_it[0], rtol=0, atol=1e-14)
-    assert (without[1] == 0).all() and not without[1].requires_grad
-    torch.testing.assert_close(
-        torch.autograd.grad(without[0].sum(), hidden),
-        torch.autograd.grad(with_it[0].sum(), hidden),
-    )
+    for function, inputs in (
+        (linear_logprobs, (hidden, weight)),
+        (gather_logprobs, (hidden @ weight.T,)),
+    ):
+        with_it = function(*inputs, ids)
+        without = function(*inputs, ids, with_entropy=False)
+        torch.testing.assert_close(without[0], with_it[0], rtol=0, atol=1e-14)
+        assert (without[1] == 0).all() and not without[1].requires_grad
+        torch.testing.assert_close(
+            torch.autograd.grad(without[0].sum(), hidden, retain_graph=True),
+            torch.autograd.grad(with_it[0].sum(), hidden, retain_graph=True),
+        )
 
 
 @given(st.integers(0, 9), st.integers(1, 400))
@@ -207,10 +212,15 @@ def test_masked_logits_have_no_mass_and_no_gradient() -> None:
         (torch.tensor([0]), 1.0, r"ids has shape \[1\]; it must be \[2\]"),
         (torch.tensor([0, 1]), 0.0, "temperature=0.0"),
         (torch.tensor([0, 1]), math.nan, "temperature=nan"),
+        (torch.tensor([0, 1]), 1e-19, "temperature=1e-19; .* from 1e-06 to 1e\\+06"),
+        (torch.tensor([0, 1]), 1e20, "temperature=1e\\+20; .* from 1e-06 to 1e\\+06"),
+        (torch.tensor([0, 1]), "hot", "temperature='hot'"),
+        (torch.tensor([0, 1]), True, "temperature=True"),
+        (torch.tensor([0, 1]), torch.tensor(1.0), r"temperature=tensor\(1.\)"),
     ],
 )
 def test_ids_and_temperatures_that_mean_nothing_are_refused(
-    ids: Tensor, temperature: float, message: str
+    ids: Tensor, temperature: Any, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         gather_logprobs(torch.zeros(2, 5), ids, temperature)

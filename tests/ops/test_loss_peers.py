@@ -73,8 +73,10 @@ class Batch:
 
 
 def options_of(loss_type: str, **changes: Any) -> LossOptions:
-    settings: dict[str, Any] = {"clip_low": CLIP_LOW, "clip_high": CLIP_HIGH}
-    return LossOptions(**{**settings, **LOSS_TYPES[loss_type], **changes})
+    settings = {**LOSS_TYPES[loss_type], **changes}
+    clips = "policy" not in settings
+    bounds = {"clip_low": CLIP_LOW, "clip_high": CLIP_HIGH} if clips else {}
+    return LossOptions(**{**bounds, **settings})
 
 
 def ours(

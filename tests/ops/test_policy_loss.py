@@ -255,7 +255,13 @@ def test_what_does_not_fit_is_refused() -> None:
     refused("num_sequences=1 but this micro-batch alone has 2", num_sequences=1)
     refused("num_tokens=2 but this micro-batch alone has 3", num_tokens=2)
     refused(r"advantages has shape \[3\]; it must be \[2\]", policy, policy, layout)
-    refused(r"advantages has shape \[1, 2\]; it must be \[2\]", policy, advantages[None], layout)
+    flat = r"advantages has shape \[1, 2\]; it must be \[2\], .* pass advantages\.flatten\(\)"
+    refused(flat, policy, advantages[None], layout)
+    refused(r"advantages has shape \[1, 3\]; it must be \[2\]$", policy, policy[None], layout)
+    refused("advantages is of type list; it must be a Tensor", policy, [1.0, 1.0], layout)
+    refused("layout is of type list; it must be a GroupLayout", policy, advantages, [2, 1])
+    refused("options is of type dict; it must be a LossOptions", options={"beta": 0.04})
+    refused("old_logprobs is of type list; it must be a Tensor", old_logprobs=[0.0] * 3)
     refused(r"logprobs has shape \[4\]; it must be \[3\]", policy.new_zeros(4), advantages, layout)
     refused("logprobs is torch.int64", policy.long(), advantages, layout)
     for name in ("reference_logprobs", "old_logprobs", "rollout_logprobs", "entropy"):

@@ -62,11 +62,9 @@ def test_the_closed_form_is_the_derivative(policy: str, ratio: str) -> None:
             mismatch=mismatch,
             reduction=reduction,
             beta=0.3,
-            dual_clip=1.9 if policy == "clip" else None,
-            cispo_max=1.25,
-            mismatch_min=0.7,
-            mismatch_max=1.4,
             max_completion=5,
+            **{"clip": {"dual_clip": 1.9}, "cispo": {"cispo_max": 1.25}}.get(policy, {}),
+            **({} if mismatch == "none" else {"mismatch_min": 0.7, "mismatch_max": 1.4}),
         )
 
         def loss(logprobs: Tensor, options: LossOptions = options) -> Tensor:

@@ -51,12 +51,14 @@ def random_tensors(tokens: int) -> dict[str, Tensor]:
 
 def loss_options(**changes: Any) -> LossOptions:
     """All terms at work; numbers are exact in fp32."""
-    numbers = {"beta": 0.25, "clip_low": 0.25, "clip_high": 0.375, "cispo_max": 1.25}
-    temperatures = {"sapo_temperature_positive": 0.75, "sapo_temperature_negative": 1.125}
-    mismatch = {"mismatch_min": 0.875, "mismatch_max": 1.125, "entropy_coef": 0.125}
-    if changes.get("policy", "clip") == "clip":
-        changes = {"dual_clip": 1.5, **changes}
-    return LossOptions(**numbers, **temperatures, **mismatch, **changes)
+    settings = {"beta": 0.25, "entropy_coef": 0.125} | {
+        "clip": {"clip_low": 0.25, "clip_high": 0.375, "dual_clip": 1.5},
+        "cispo": {"cispo_max": 1.25},
+        "sapo": {"sapo_temperature_positive": 0.75, "sapo_temperature_negative": 1.125},
+    }[changes.get("policy", "clip")]
+    if changes.get("mismatch", "none") != "none":
+        settings |= {"mismatch_min": 0.875, "mismatch_max": 1.125}
+    return LossOptions(**{**settings, **changes})
 
 
 def compare(layout: GroupLayout, options: LossOptions, tensors: dict[str, Tensor]) -> None:

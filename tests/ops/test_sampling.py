@@ -224,6 +224,7 @@ def test_tokens_without_mass_are_never_drawn() -> None:
     [
         ({"temperature": 0.0}, "greedy decoding is logits.argmax"),
         ({"temperature": math.inf}, "temperature=inf"),
+        ({"temperature": 1e-19}, "from 1e-06 to"),
         ({"top_k": -1}, "top_k=-1"),
         ({"top_p": 0.0}, "top_p=0.0"),
         ({"top_p": 1.5}, "top_p=1.5"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -204,9 +205,18 @@ def test_a_missing_trl_names_the_command(monkeypatch: pytest.MonkeyPatch) -> Non
         check_trl_version()
 
 
-def test_the_extra_asks_for_the_oldest_release_that_is_taken(repository: Path) -> None:
+def test_the_extra_asks_for_the_releases_that_are_taken(repository: Path) -> None:
     text = (repository / "pyproject.toml").read_text(encoding="utf-8")
-    assert f'trl = ["trl{TRL_VERSIONS[0]}"]' in text
+    assert f'\ntrl = ["trl{",".join(TRL_VERSIONS)}"]' in text
+
+
+def test_the_readme_names_the_releases_that_are_taken(repository: Path) -> None:
+    text = (repository / "kernels" / "README.md").read_text(encoding="utf-8")
+    section = text.split("## In TRL\n")[1].split("\n## ")[0]
+    ((first, last),) = re.findall(r"each release\s+from 1\.(\d+) to 1\.(\d+)", section)
+    assert TRL_VERSIONS == (f">=1.{first}", f"<1.{int(last) + 1}")
+    (command,) = re.findall(r"-m pytest (tests/.*)", section)
+    assert all((repository / file).is_file() for file in command.split())
 
 
 def test_the_mixin_must_stand_before_the_trainer() -> None:

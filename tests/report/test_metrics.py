@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from fastomni.report import group_metrics, loss_metrics, recall_scores, update_metrics
-from fastomni_kernels import GroupLayout
+from fastomni_kernels import GroupAdvantages, GroupLayout, group_advantages
+
+NAN = float("nan")
+
+
+def compared(
+    scores: dict[str, torch.Tensor], weights: list[float] | None = None
+) -> GroupAdvantages:
+    return group_advantages(torch.stack(list(scores.values()), dim=-1), weights=weights)
 
 
 def test_group_metrics_of_two_groups() -> None:
@@ -16,7 +24,7 @@ def test_group_metrics_of_two_groups() -> None:
         "format": torch.tensor([[0.0, 0.0, 1.0], [1.0, 1.0, 1.0]]),
     }
     stopped = [True, True, True, True, True, False]
-    metrics = group_metrics(scores, [1.0, 2.0], torch.tensor([False, True]), stopped, layout)
+    metrics = group_metrics(scores, [1.0, 2.0], compared(scores, [1.0, 2.0]), stopped, layout)
     assert metrics == pytest.approx(
         {
             "rewards/accuracy/mean": 4 / 6,
@@ -26,6 +34,7 @@ def test_group_metrics_of_two_groups() -> None:
             "reward": 12 / 6,  # 1, 0, 2 and three times 3
             "reward_std": 0.5,  # of 1, 0, 2 it is 1; of equal ones 0
             "frac_reward_zero_std": 0.5,
+            "rewards/missing": 0.0,
             "completions/mean_length": 4.0,
             "completions/min_length": 1.0,
             "completions/max_length": 10.0,
@@ -38,8 +47,38 @@ def test_group_metrics_of_two_groups() -> None:
 def test_rewards_weigh_1_each_by_default() -> None:
     layout = GroupLayout.build([4], [[1, 2]])
     scores = {"a": torch.tensor([[1.0, 0.0]]), "b": torch.tensor([[0.5, 0.5]])}
-    metrics = group_metrics(scores, None, torch.tensor([False]), [True, True], layout)
+    metrics = group_metrics(scores, None, compared(scores), [True, True], layout)
     assert metrics["reward"] == 1.0
+
+
+def test_rewards_that_could_not_be_given_take_no_part() -> None:
+    layout = GroupLayout.build([4, 7, 2], [[1, 2, 3], [4, 4, 10], [1, 1, 1]])
+    scores = {
+        "a": torch.tensor([[1.0, NAN, 0.0], [NAN, NAN, 3.0], [NAN, NAN, NAN]]),
+        "b": torch.tensor([[0.0, 2.0, NAN], [NAN, NAN, NAN], [NAN, NAN, NAN]]),
+    }
+    metrics = group_metrics(scores, None, compared(scores), [True] * 9, layout)
+    found = {name: value for name, value in metrics.items() if "reward" in name}
+    assert found == pytest.approx(
+        {
+            "reward": 6 / 4,  # 1, 2, 0 and 3
+            "reward_std": 1.0,  # of the first group's; the others have none
+            "rewards/a/mean": 4 / 3,
+            "rewards/a/std": (7 / 3) ** 0.5,
+            "rewards/b/mean": 1.0,
+            "rewards/b/std": 2**0.5,
+            "frac_reward_zero_std": 2 / 3,
+            "rewards/missing": 5.0,
+        }
+    )
+
+
+def test_a_number_of_no_reward_is_left_out() -> None:
+    layout = GroupLayout.build([4], [[1, 2]])
+    scores = {"a": torch.tensor([[NAN, NAN]]), "b": torch.tensor([[NAN, 1.0]])}
+    metrics = group_metrics(scores, None, compared(scores), [True, True], layout)
+    found = {name: value for name, value in metrics.items() if name.startswith("reward")}
+    assert found == {"reward": 1.0, "rewards/b/mean": 1.0, "rewards/missing": 1.0}
 
 
 def test_loss_metrics_of_micro_batches_add_up_but_for_extremes() -> None:

@@ -128,6 +128,12 @@ def test_completions_of_the_first_clip_are_kept(tmp_path: Path) -> None:
     }
 
 
+def test_a_reward_that_could_not_be_given_is_kept_as_null(tmp_path: Path) -> None:
+    report = StageReport(tmp_path, "rlvr")
+    report.completions(1, ROWS, ["one", "two"], {"reward": torch.tensor([[float("nan"), 0.5]])})
+    assert '"rewards": {"reward": [null, 0.5]}' in (tmp_path / "completions.jsonl").read_text()
+
+
 @pytest.mark.parametrize("torn", ["", '{"step": 5, "lo', "{"])
 def test_a_resumed_stage_drops_later_lines_and_half_of_one(torn: str, tmp_path: Path) -> None:
     for name in ("metrics.jsonl", "completions.jsonl"):

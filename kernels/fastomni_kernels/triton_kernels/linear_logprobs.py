@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fastomni_kernels.triton_kernels.linear_logprobs_backward import backward
 from fastomni_kernels.triton_kernels.linear_tiles import (
+    FLOOR,
     Tile,
     along_rows,
     architecture,
@@ -50,15 +51,15 @@ INTERPRETER_SPLIT = 128
 SPLITS_TOGETHER = 8
 
 LN_2 = tl.constexpr(0.6931471805599453)
-# Stands for the logit of what is no token, far below any that there is; finite, because
-# inf * exp(-inf) is NaN.
+# The largest logit before the first, far below any that counts; finite, because a part in which all
+# logits are masked would otherwise subtract -inf from -inf, and inf * exp(-inf) is NaN.
 NO_LOGIT = tl.constexpr(-1e20)
 
 
 @triton.jit
 def _relative_to(base, largest, total, weighted, scale):
-    """Sums relative to `largest`, made relative to `base` >= largest; nothing (-inf) stays 0."""
-    shift = (tl.where(largest == float("-inf"), base, largest) - base) * scale
+    """Sums relative to `largest`, made relative to `base` >= largest; both are finite."""
+    shift = (largest - base) * scale
     factor = tl.exp2(shift)
     return factor * total, factor * (weighted + shift * total)
 
@@ -99,7 +100,7 @@ def linear_logprobs_kernel(
     rows = row_block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     hidden_rows = hidden + tl.minimum(rows, M - 1) * stride_hidden
     first = split * SPLIT
-    largest = tl.full((ROWS,), float("-inf"), COMPUTE)
+    largest = tl.full((ROWS,), NO_LOGIT, COMPUTE)
     total = tl.zeros((ROWS,), COMPUTE)
     weighted = tl.zeros((ROWS,), COMPUTE)
     for start in range(first, tl.minimum(first + SPLIT, V), COLUMNS):
@@ -107,14 +108,14 @@ def linear_logprobs_kernel(
         weight_rows = weight + tl.minimum(columns, V - 1).to(tl.int64) * stride_weight
         logits = product(hidden_rows, weight_rows, H, ROWS, COLUMNS, DEPTH, WHOLE, OPERAND, COMPUTE)
         if start + COLUMNS > V:
-            logits = tl.where((columns < V)[None, :], logits, NO_LOGIT)
+            logits = tl.where((columns < V)[None, :], logits, float("-inf"))
         base = tl.maximum(largest, tl.max(logits, 1))
         total, weighted = _relative_to(base, largest, total, weighted, scale)
         exponents = (logits - base[:, None]) * scale
         powers = tl.exp2(exponents)
         total += tl.sum(powers, 1)
         if ENTROPY:
-            weighted += tl.sum(exponents * powers, 1)
+            weighted += tl.sum(tl.maximum(exponents, FLOOR) * powers, 1)
         largest = base
     places = split.to(tl.int64) * M + rows
     tl.store(largests + places, largest, rows < M)
@@ -138,14 +139,14 @@ def _merged(
     COMPUTE: tl.constexpr,
 ):
     """Largest logit and sums of each row, over all splits in their order."""
-    largest = tl.full((ROWS,), float("-inf"), COMPUTE)
+    largest = tl.full((ROWS,), NO_LOGIT, COMPUTE)
     total = tl.zeros((ROWS,), COMPUTE)
     weighted = tl.zeros((ROWS,), COMPUTE)
     for start in range(0, splits, SPLITS):
         split = start + tl.arange(0, SPLITS)
         places = split.to(tl.int64)[:, None] * M + rows[None, :]
         exists = (split < splits)[:, None]
-        part_largest = tl.load(largests + places, exists, other=float("-inf"))
+        part_largest = tl.load(largests + places, exists, other=NO_LOGIT)
         part_total = tl.load(totals + places, exists, other=0.0)
         part_weighted = tl.zeros((SPLITS, ROWS), COMPUTE)
         if ENTROPY:

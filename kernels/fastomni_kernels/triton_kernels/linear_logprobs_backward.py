@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastomni_kernels.triton_kernels.linear_tiles import (
+    FLOOR,
     along_rows,
     architecture,
     choose,
@@ -85,7 +86,8 @@ def linear_logprobs_backward_kernel(
     factor = grad[:, None]
     if ENTROPY:
         entropy_grad = tl.load(grad_entropy + given) * inverse_temperature
-        factor += entropy_grad[:, None] * (log_p + tl.load(entropy + given)[:, None])
+        surprise = tl.maximum(log_p, FLOOR) + tl.load(entropy + given)[:, None]
+        factor += entropy_grad[:, None] * surprise
     # 32 bits: a 64-bit comparison for each logit costs registers.
     chosen = (tl.load(ids + given) - first - column_block * COLUMNS).to(tl.int32)
     column = tl.arange(0, COLUMNS)[None, :]

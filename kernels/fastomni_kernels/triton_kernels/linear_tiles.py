@@ -52,6 +52,10 @@ TILES = {
     "interpreter": dict.fromkeys(_SMALL, Tile(16, 64, 32, 4, 1)),
 }
 
+# 2^-2000 is 0 in fp64 too: what stands beside such a probability counts for nothing. Without a
+# floor it would be -inf for a masked logit, and 0 * -inf is NaN.
+FLOOR = tl.constexpr(-2000.0)
+
 _TRITON_TYPES = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,

@@ -18,14 +18,19 @@ from torch import Tensor
 
 from fastomni_kernels import loss_definition
 from fastomni_kernels.loss_definition import LARGEST, METRICS, SMALLEST, TOTALS, LossSettings
+from fastomni_kernels.triton_kernels.arithmetic import (
+    expm1_less_argument,
+    higher,
+    highest_of,
+    lower,
+    lowest_of,
+)
 from fastomni_kernels.triton_kernels.variants import Variant
 
 # Tokens of one step of the loop, and sequences of one step of the second launch: 4 per thread.
 BLOCK = 512
 NUM_WARPS = 4
 
-# Terms of exp(d) - d - 1: at |d| = 1/2 the next one is below fp64's precision.
-SERIES = tl.constexpr(15)
 MAX_LOG_RATIO = tl.constexpr(loss_definition.MAX_LOG_RATIO)
 
 # Rows of partial results: the loss itself, then the metrics.
@@ -42,12 +47,9 @@ _POINTERS = (
 
 
 @triton.jit
-def _expm1_less_argument(x):
-    """exp(x) - 1 - x without cancellation around 0."""
-    series = tl.zeros_like(x) + 1.0
-    for i in tl.static_range(SERIES, 2, -1):
-        series = 1.0 + series * x * (1.0 / i)
-    return tl.where(tl.abs(x) < 0.5, 0.5 * x * x * series, tl.exp(x) - 1.0 - x)
+def _ratio(log_ratio):
+    """Ratio of probabilities, with a bound that keeps it finite."""
+    return tl.exp(lower(log_ratio, MAX_LOG_RATIO))
 
 
 @triton.jit
@@ -58,7 +60,7 @@ def _kl(difference, KL: tl.constexpr):
     elif KL == "k2":
         return 0.5 * difference * difference, -difference
     else:
-        value = _expm1_less_argument(difference)
+        value = expm1_less_argument(difference)
         return value, -(value + difference)
 
 
@@ -69,7 +71,7 @@ def _policy_term(
 ):  # fmt: skip
     """Gain of each token and its derivative; `highest` is the cap under "cispo"."""
     if POLICY == "cispo":
-        slope = tl.minimum(ratio, highest) * advantage
+        slope = lower(ratio, highest) * advantage
         return slope * logprob, slope
     elif POLICY == "sapo":
         zeros = tl.zeros_like(ratio)  # of ratio's type, which the numbers need not have
@@ -78,17 +80,17 @@ def _policy_term(
         gain = 4.0 / steepness * gate * advantage
         return gain, 4.0 * gate * (1.0 - gate) * advantage * ratio
     else:
-        free = tl.minimum(ratio, dual_clip) * advantage
-        bounded = tl.minimum(tl.maximum(ratio, lowest), highest) * advantage
-        moves = (free <= bounded) & (ratio <= dual_clip)
-        return tl.minimum(free, bounded), tl.where(moves, ratio * advantage, 0.0)
+        free = lower(ratio, dual_clip) * advantage
+        bounded = lower(higher(ratio, lowest), highest) * advantage
+        stays = (free > bounded) | (ratio > dual_clip)  # not where NaN
+        return lower(free, bounded), tl.where(stays, 0.0, ratio * advantage)
 
 
 @triton.jit
 def _factor(ratio, smallest, largest, MISMATCH: tl.constexpr):
     """Weight of the policy term for the ratio trainer / rollout."""
     if MISMATCH == "truncate":
-        return tl.minimum(tl.maximum(ratio, smallest), largest)
+        return lower(higher(ratio, smallest), largest)
     elif MISMATCH == "mask":
         return tl.where((ratio >= smallest) & (ratio <= largest), ratio, 0.0)
     else:
@@ -124,7 +126,7 @@ def _of_sequence(
         _, log_ratio, drift = _of_tokens(
             logprobs, old_logprobs, rollout_logprobs, tokens, inside, DTYPE
         )
-        factor = _factor(tl.exp(drift), mismatch_min, mismatch_max, MISMATCH)
+        factor = _factor(_ratio(drift), mismatch_min, mismatch_max, MISMATCH)
         log_ratios += log_ratio
         drifts += drift
         factors += tl.where(inside, factor, 0.0)
@@ -152,7 +154,7 @@ def _with_block(
     totals = (
         loss, policy_loss, kl, token_weight * entropies, low, high, low + high,
         token_weight * ratio, token_weight * difference, token_weight * mismatch,
-        token_weight * _expm1_less_argument(drift),
+        token_weight * expm1_less_argument(lower(drift, MAX_LOG_RATIO)),
     )  # fmt: skip
     smallest = (ratio, mismatch)
     largest = (ratio, mismatch, difference)
@@ -160,12 +162,12 @@ def _with_block(
         total = tl.sum(tl.where(inside, totals[i], 0.0))
         result += tl.where(rows == i, total, 0.0)
     for i in tl.static_range(SMALLEST_ROWS):
-        value = tl.min(tl.where(inside, smallest[i], float("inf")))
-        result = tl.where(rows == TOTAL_ROWS + i, tl.minimum(result, value), result)
+        value = lowest_of(tl.where(inside, smallest[i], float("inf")))
+        result = tl.where(rows == TOTAL_ROWS + i, lower(result, value), result)
     for i in tl.static_range(LARGEST_ROWS):
-        value = tl.max(tl.where(inside, largest[i], float("-inf")))
+        value = highest_of(tl.where(inside, largest[i], float("-inf")))
         row = TOTAL_ROWS + SMALLEST_ROWS + i
-        result = tl.where(rows == row, tl.maximum(result, value), result)
+        result = tl.where(rows == row, higher(result, value), result)
     return result
 
 
@@ -198,12 +200,12 @@ def sequence_loss_kernel(
             logprobs, old_logprobs, rollout_logprobs, tokens, inside, DTYPE
         )
         log_ratio = zeros + mean_log_ratio if SEQUENCE_RATIO else log_ratio
-        ratio = tl.exp(tl.where(log_ratio > MAX_LOG_RATIO, MAX_LOG_RATIO, log_ratio))
+        ratio = _ratio(log_ratio)
         gain, slope = _policy_term(
             ratio, logprob, advantage, ratio_lowest, ratio_highest, dual_clip, sapo_positive,
             sapo_negative, POLICY,
         )  # fmt: skip
-        mismatch = tl.exp(zeros + total_drift if SEQUENCE_MISMATCH else drift)
+        mismatch = _ratio(zeros + total_drift if SEQUENCE_MISMATCH else drift)
         factor = _factor(mismatch, mismatch_min, mismatch_max, MISMATCH)
         policy_loss = -weight * factor * gain
         if SEQUENCE_RATIO and POLICY != "cispo" and not SEQUENCE_MISMATCH:
@@ -243,13 +245,13 @@ def batch_loss_kernel(partials, cu_completions, loss, metrics, num_sequences, BL
         inside = sequences < num_sequences
         places = partials + row.to(tl.int64) * num_sequences + sequences
         totals += tl.load(places, inside, other=0.0)
-        smallest = tl.minimum(smallest, tl.load(places, inside, other=float("inf")))
-        largest = tl.maximum(largest, tl.load(places, inside, other=float("-inf")))
+        smallest = lower(smallest, tl.load(places, inside, other=float("inf")))
+        largest = higher(largest, tl.load(places, inside, other=float("-inf")))
     result = tl.sum(totals)
     if row >= TOTAL_ROWS:
-        result = tl.max(largest)
+        result = highest_of(largest)
         if row < TOTAL_ROWS + SMALLEST_ROWS:
-            result = tl.min(smallest)
+            result = lowest_of(smallest)
         tokens = tl.load(cu_completions + num_sequences) - tl.load(cu_completions)
         if tokens == 0:  # ratios are 1, but the last row is a difference
             result = tl.where(row == tl.num_programs(0) - 1, 0.0, 1.0).to(DTYPE)
