@@ -11,8 +11,8 @@ CHECKED := fastomni kernels/fastomni_kernels $(wildcard bench)
 
 CONFIG ?= configs/rlvr.yaml
 ARGS ?=
-# Two threads: what the slowest supported machine has; more slow the small tests down.
-TEST_ENV := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2}
+# Two processes with a thread each: what the slowest supported machine has.
+TEST_ENV := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 
 RETRY = { echo 'Set-up failed: see above. Run the same command again; what is done is kept.' >&2; \
           exit 1; }
@@ -33,7 +33,7 @@ train: $(VENV)/.ready
 	@$(BIN)/torchrun --standalone --nproc-per-node=1 -m fastomni.train $(CONFIG) $(ARGS)
 
 test: lint
-	@$(TEST_ENV) $(BIN)/python -m pytest -q -m 'not slow' $(ARGS)
+	@$(TEST_ENV) $(BIN)/python -m pytest -q -m 'not slow' -n 2 --dist loadfile $(ARGS)
 
 test-slow: $(VENV)/.ready-dev
 	@$(TEST_ENV) $(BIN)/python -m pytest -q -m slow $(ARGS)
