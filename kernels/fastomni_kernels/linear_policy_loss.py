@@ -40,8 +40,8 @@ from fastomni_kernels.workspace_loss import workspace_loss
 
 MODES = ("auto", "recompute", "workspace")
 
-# A slab of a gigabyte is 1,180 rows of Qwen2.5's vocabulary at six bytes a logit, which is enough
-# for matrix products at full speed. On a CPU it is 64 MiB of logits and room to work on them.
+# On a GPU 1,180 rows of Qwen2.5's vocabulary at six bytes a logit; on a CPU 64 MiB of logits and
+# room to work on them.
 CUDA_WORKSPACE_BYTES = 2**30
 CPU_WORKSPACE_BYTES = 64 * 2**20 + GATHER_BYTES
 

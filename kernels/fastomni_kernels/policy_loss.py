@@ -2,7 +2,7 @@
 
 The operator returns the gradient of the loss beside the loss, so that its backward is one product
 and a fused caller can go on from there. What depends on lengths alone, the weight of a sequence's
-tokens, is computed on the host, where a `GroupLayout` keeps its lengths.
+tokens, is computed outside of it, so that a part of a batch can be given to it.
 
 Shapes: S sequences (completions) of the micro-batch, M completion tokens of all of them.
 """
@@ -149,9 +149,10 @@ def sequence_weights(
     dtype = torch.promote_types(like.dtype, torch.float32)
     sequences = layout.num_sequences
     if options.reduction == "grpo":
-        # An empty completion owns no token: it counts, with a mean of 0.
-        weights = [1 / (max(length, 1) * num_sequences) for length in layout.sequence_lengths]
-        return torch.tensor(weights, dtype=dtype).to(like.device)
+        # An empty completion owns no token: it counts, with a mean of 0. The lengths are on the
+        # device already, once per layout.
+        lengths = layout.completion_length_tensor.clamp(min=1)
+        return (lengths * num_sequences).to(dtype).reciprocal()
     if options.reduction == "bnpo":
         tokens = max(layout.num_completion_tokens, 1)
         weight = sequences / max(num_sequences, 1) / tokens

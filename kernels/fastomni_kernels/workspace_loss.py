@@ -9,6 +9,7 @@ Shapes: M completion tokens, S sequences, H hidden, V vocabulary, R rows of a sl
 
 from __future__ import annotations
 
+from math import ceil
 from typing import Any
 
 import torch
@@ -45,8 +46,8 @@ class _Slabs:
         most = max(1, (workspace_bytes - scratch) // row_bytes)
         # Even shares: a short last slab costs more in slow products than it saves.
         count = max(len(hidden), 1)
-        rows = -(-count // -(-count // most))
-        self.rows = min(most, -(-rows // 128) * 128) if rows > 128 else rows
+        rows = ceil(count / ceil(count / most))
+        self.rows = min(most, 128 * ceil(rows / 128)) if rows > 128 else rows
         self._logits = hidden.new_empty((self.rows, len(weight)), dtype=wide)
         self._gradients = hidden.new_empty(self._logits.shape) if narrow else self._logits
         self.grad_hidden = torch.empty_like(hidden) if need_hidden else None
