@@ -12,6 +12,7 @@ import torch
 from fastomni_kernels import (
     GroupLayout,
     dispatch,
+    flash_varlen,
     gather_logprobs,
     group_advantages,
     grpo_loss,
@@ -124,7 +125,9 @@ def losses() -> dict[str, torch.Tensor]:
     weight = 3 * torch.randn(30, 8, generator=generator)
     ids, advantages = torch.arange(5), torch.tensor([1.0, -1.0])
     logits = (hidden[:, None] * weight).sum(2)  # not a product that autocast would touch
+    heads, ends = hidden.view(5, 2, 4), torch.tensor([0, 5], dtype=torch.int32)
     return {
+        "flash_varlen": flash_varlen(heads, heads, heads, ends, ends, 5, 5).square().sum(),
         "gather_logprobs": gather_logprobs(logits, ids)[0].sum(),
         "linear_logprobs": linear_logprobs(hidden, weight, ids)[0].sum(),
         "grpo_loss": grpo_loss(gather_logprobs(logits, ids)[0], advantages, layout)[0],
