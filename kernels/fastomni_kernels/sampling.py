@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastomni_kernels.checks import check_float, check_shape, check_temperature, require
+
 # Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011): Random123's philox.h.
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -104,7 +106,7 @@ def truncation_mask(probabilities: Tensor, top_k: int, top_p: float, min_p: floa
     return probabilities >= torch.stack(thresholds).amax(0)
 
 
-def sample(
+def _draw(
     logits: Tensor,
     seeds: Tensor,
     position: int | Tensor,
@@ -150,3 +152,32 @@ def sample(
     target = philox_uniform(seeds, position)[:, None] * total
     tokens = torch.searchsorted(cumulative, target, right=True).clamp_(max=logits.shape[-1] - 1)
     return tokens.squeeze(-1), log_p.gather(-1, tokens).squeeze(-1)
+
+
+def sample(
+    logits: Tensor,
+    seeds: Tensor,
+    position: int | Tensor,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Draw one token per sequence; see `_draw`.
+
+    Raises:
+        ValueError: shapes, dtypes or numbers out of range, or (on the CPU) logits that are no
+            distribution.
+    """
+    name = "sample"
+    check_shape(name, "logits", logits, ("S", "V"))
+    check_shape(name, "seeds", seeds, (logits.shape[0],))
+    check_float(name, logits=logits)
+    require(seeds.dtype == torch.int64, f"{name}: seeds are {seeds.dtype}; use torch.int64")
+    if isinstance(position, Tensor):
+        check_shape(name, "position", position, (logits.shape[0],))
+    check_temperature(name, temperature)
+    require(top_k >= 0, f"{name}: top_k={top_k}; use 0 (off) or a number of tokens")
+    require(0 < top_p <= 1, f"{name}: top_p={top_p}; it must be in (0, 1], 1 is off")
+    require(0 <= min_p <= 1, f"{name}: min_p={min_p}; it must be in [0, 1], 0 is off")
+    return _draw(logits, seeds, position, temperature, top_k, top_p, min_p)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastomni_kernels import GroupLayout, ops, prefix_attention, prefix_decode, reference
-from fastomni_kernels.prefix_attention import _plan
+from fastomni_kernels import GroupLayout, prefix_attention, prefix_decode, reference
+from fastomni_kernels.dense_attention import _plan
+from fastomni_kernels.prefix_attention import causal_attention, shares_prompts
 
 Groups = list[tuple[int, list[int]]]
 # Lengths on both sides of the kernel's batching by length, and empty and one-token completions.
@@ -176,9 +179,9 @@ def test_prompt_rows_do_not_depend_on_completions() -> None:
 def test_rows_that_share_nothing_are_causal_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
     alone = build([(5, [3]), (1, []), (9, [0]), (2, [40])])
     shared = build([(5, [3]), (2, [4, 1])])
-    assert not ops.shares_prompts(alone) and ops.shares_prompts(shared)
+    assert not shares_prompts(alone) and shares_prompts(shared)
     q, k, v = random_inputs(alone, (6, 2), torch.float64)
-    actual = ops.causal_attention(q, k, v, alone, scale=0.3)
+    actual = causal_attention(q, k, v, alone, scale=0.3)
     expected = reference.prefix_attention(q, k, v, alone, scale=0.3)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
     upstream = random_inputs(alone, (6, 2), torch.float64)[0].detach().flip(0)
@@ -186,9 +189,10 @@ def test_rows_that_share_nothing_are_causal_sequences(monkeypatch: pytest.Monkey
     torch.testing.assert_close(grads, wanted, rtol=0, atol=1e-12)
 
     # What a device other than the CPU does, with meta tensors for its tensors.
+    module = sys.modules["fastomni_kernels.prefix_attention"]
     seen: list[str] = []
-    monkeypatch.setattr(ops, "flash_varlen", lambda q, *_, **__: seen.append("varlen") or q)
-    monkeypatch.setattr(ops.reference, "prefix_attention", lambda q, *_: seen.append("groups") or q)
+    monkeypatch.setattr(module, "flash_varlen", lambda q, *_, **__: seen.append("varlen") or q)
+    monkeypatch.setattr(reference, "prefix_attention", lambda q, *_: seen.append("groups") or q)
     for layout in (alone, shared):
         prefix_attention(
             *(x.to("meta") for x in random_inputs(layout, (6, 2), torch.float32)), layout
