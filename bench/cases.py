@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -68,6 +68,11 @@ class Problem:
         return self.inputs[name]
 
 
+def as_it_is(problem: Problem, answer: Answer) -> Answer:
+    """The answer is compared in the form in which it was computed."""
+    return answer
+
+
 @dataclass(frozen=True)
 class Provider:
     """One implementation of a case.
@@ -80,6 +85,9 @@ class Provider:
         modules: that must be installed.
         devices: device types it runs on.
         obstacle: why it does not run elsewhere.
+        in_sweeps: whether it is worth its time at every size of a sweep.
+        finish: brings an answer into the form that has an exact one, untimed: folds gradients of
+            repeated rows, looks up the probability of a token that was drawn.
     """
 
     name: str
@@ -89,6 +97,8 @@ class Provider:
     devices: tuple[str, ...] = ("cpu", "cuda")
     obstacle: str = "needs a CUDA device"
     strict: bool = False
+    in_sweeps: bool = True
+    finish: Callable[[Problem, Answer], Answer] = as_it_is
 
     def unavailable(self, device: str) -> str:
         """Return why it cannot run on a device of this type; empty where it can."""
@@ -111,6 +121,9 @@ class Case:
         problem: (sizes, device, dtype) -> Problem.
         providers: the project's first.
         half_on_gpu: whether the inputs are bf16 on a GPU; else they are fp32 everywhere.
+        sweeps: named lists of sizes.
+        repeated_work: sizes -> how many times the arithmetic is needed where every completion has a
+            prompt of its own; None where nothing is shared.
     """
 
     function: str
@@ -121,6 +134,18 @@ class Case:
     problem: Callable[[Sequence[int], torch.device, torch.dtype], Problem]
     providers: tuple[Provider, ...]
     half_on_gpu: bool = True
+    sweeps: Mapping[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    repeated_work: Callable[[Sequence[int]], float] | None = None
+
+    def named(self, size: str) -> tuple[tuple[int, ...], ...]:
+        """All sizes that a name stands for; empty where it is no name of this case."""
+        one = (tuple(self.sizes[size]),) if size in self.sizes else ()
+        return one + self.sweeps.get(size, ())
+
+    @cached_property
+    def in_sweeps(self) -> Case:
+        """The case with those of its providers that take part in sweeps."""
+        return replace(self, providers=tuple(p for p in self.providers if p.in_sweeps))
 
     @property
     def name(self) -> str:

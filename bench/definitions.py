@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -88,21 +89,82 @@ def exact_attention(
     q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], grad_output: Tensor | None
 ) -> Answer:
     """Causal attention within each of the packed sequences, in float64, with its gradients."""
-    wide = [x.detach().double().requires_grad_(grad_output is not None) for x in (q, k, v)]
-    outputs = []
-    for query, key, value in zip(*(x.split(list(lengths)) for x in wide), strict=True):
-        repeat = query.shape[1] // key.shape[1]
-        key, value = (x.repeat_interleave(repeat, 1) for x in (key, value))
-        scores = torch.einsum("qhd,khd->hqk", query, key) / math.sqrt(query.shape[-1])
-        future = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(1)
-        weights = scores.masked_fill(future, -torch.inf).softmax(-1)
-        outputs.append(torch.einsum("hqk,khd->qhd", weights, value))
-    output = torch.cat(outputs)
-    answer = {"output": output.detach()}
+    return _exact_pieces(q, k, v, [([], rows) for rows in _stretches(0, lengths)], grad_output)
+
+
+def exact_prefix_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompts: Sequence[int],
+    completions: Sequence[Sequence[int]],
+    grad_output: Tensor | None,
+) -> Answer:
+    """The same where every completion sees the prompt of its group too: [prompt | c1 | .. | cG]."""
+    pieces: list[tuple[list[slice], slice]] = []
+    first = 0
+    for prompt, own in zip(prompts, completions, strict=True):
+        rows, *parts = _stretches(first, [prompt, *own])
+        pieces += [([], rows), *(([rows], part) for part in parts)]
+        first = parts[-1].stop if parts else rows.stop
+    return _exact_pieces(q, k, v, pieces, grad_output)
+
+
+def _stretches(first: int, lengths: Sequence[int]) -> list[slice]:
+    bounds = [first, *(first + stop for stop in accumulate(lengths))]
+    return [slice(*pair) for pair in pairwise(bounds)]
+
+
+def _exact_pieces(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pieces: Sequence[tuple[list[slice], slice]],
+    grad_output: Tensor | None,
+) -> Answer:
+    """Attend in float64, one piece after another, so that only one's scores exist at a time.
+
+    Args:
+        q: [T, Hq, D].
+        k: [T, Hkv, D].
+        v: [T, Hkv, D].
+        pieces: (rows seen by all, own rows, which see themselves causally); own rows cover all T.
+        grad_output: [T, Hq, D] where gradients are wanted.
+    """
+    inputs = dict(zip(("q", "k", "v"), (q, k, v), strict=True))
+    answer = {"output": torch.zeros_like(q, dtype=torch.float64)}
     if grad_output is not None:
-        found = torch.autograd.grad(output, wide, grad_output.double())
-        answer |= dict(zip(("grad_q", "grad_k", "grad_v"), found, strict=True))
+        answer |= {
+            f"grad_{name}": torch.zeros_like(x, dtype=torch.float64) for name, x in inputs.items()
+        }
+    for seen, own in pieces:
+        rows = {"q": [own], "k": [*seen, own], "v": [*seen, own]}
+        parts = {
+            name: torch.cat([x[r] for r in rows[name]]).detach().double()
+            for name, x in inputs.items()
+        }
+        for x in parts.values():
+            x.requires_grad_(grad_output is not None)
+        output = causal_attention(parts["q"], parts["k"], parts["v"])
+        answer["output"][own] = output.detach()
+        if grad_output is None:
+            continue
+        found = torch.autograd.grad(output, list(parts.values()), grad_output[own].double())
+        for (name, stretches), grad in zip(rows.items(), found, strict=True):
+            lengths = [r.stop - r.start for r in stretches]
+            for r, part in zip(stretches, grad.split(lengths), strict=True):
+                answer[f"grad_{name}"][r] += part
     return answer
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention of L queries [L, Hq, D] that are the last of K rows, to keys [K, Hkv, D]."""
+    repeat = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(repeat, 1) for x in (key, value))
+    scores = torch.einsum("qhd,khd->hqk", query, key) / math.sqrt(query.shape[-1])
+    future = torch.ones(scores.shape[1:], dtype=torch.bool, device=query.device)
+    weights = scores.masked_fill(future.triu(1 + len(key) - len(query)), -torch.inf).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, value)
 
 
 def completions(tokens: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The goals of the loss kernels, and what a report says about each: met, missed or not measured.
+"""The goals of the kernels, and what a report says about each: met, missed or not measured.
 
 A goal belongs to a kind of machine and a size; a report from another machine does not measure it.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+from bench.sharing import SDPA, VARLEN, speed_up
 
 Report = dict[str, Any]
 
@@ -38,24 +40,36 @@ class Goal:
         return {"goal": self.text, "limit": self.limit, "measured": value, "verdict": verdict}
 
 
-def find(report: Report, case: str, sizes: tuple[int, ...], provider: str) -> Report | None:
-    """Return the timed row of a provider in a case at a size; None where there is none."""
+def find_result(report: Report, case: str, sizes: tuple[int, ...]) -> Report | None:
+    """Return what was measured of a case at a size; None where nothing was."""
     for result in report["cases"]:
         if result["name"] == case and tuple(result["sizes"].values()) == sizes:
-            for row in result["rows"]:
-                if row["provider"] == provider and row["status"] == "timed":
-                    return row
+            found: Report = result
+            return found
     return None
+
+
+def find(report: Report, case: str, sizes: tuple[int, ...], provider: str) -> Report | None:
+    """Return the timed row of a provider in a case at a size; None where there is none."""
+    result = find_result(report, case, sizes)
+    for row in [] if result is None else result["rows"]:
+        if row["provider"] == provider and row["status"] == "timed":
+            found: Report = row
+            return found
+    return None
+
+
+def is_h100(report: Report) -> bool:
+    """Whether the report is from an H100."""
+    accelerator = report["environment"]["accelerator"]
+    return accelerator is not None and "H100" in accelerator["name"]
 
 
 def _on_h100(
     case: str, sizes: tuple[int, ...], provider: str, key: str
 ) -> Callable[[Report], float | None]:
     def measure(report: Report) -> float | None:
-        accelerator = report["environment"]["accelerator"]
-        if accelerator is None or "H100" not in accelerator["name"]:
-            return None
-        row = find(report, case, sizes, provider)
+        row = find(report, case, sizes, provider) if is_h100(report) else None
         return None if row is None else row[key]
 
     return measure
@@ -92,7 +106,41 @@ def _on_cpu(key: str, invert: bool) -> Callable[[Report], float | None]:
     return measure
 
 
+def _faster_than_repeated(
+    sizes: tuple[int, ...], kind: tuple[str, ...], on_h100: bool, of_allowed: bool = False
+) -> Callable[[Report], float | None]:
+    """Speed-up of prefix_attention, forward and backward; as a share of what arithmetic allows."""
+
+    def measure(report: Report) -> float | None:
+        here = is_h100(report) if on_h100 else report["environment"]["accelerator"] is None
+        result = find_result(report, "prefix_attention/forward+backward", sizes) if here else None
+        factor = None if result is None else speed_up(result, kind)
+        if result is None or factor is None:
+            return None
+        return factor / result["repeated_work"] if of_allowed else factor
+
+    return measure
+
+
+def _backward_rate(report: Report) -> float | None:
+    """FLOPs of the backward alone over what it adds to the time of the forward."""
+    if not is_h100(report):
+        return None
+    needed, seconds = [], []
+    for mode in ("forward", "forward+backward"):
+        result = find_result(report, f"prefix_attention/{mode}", _SHARED)
+        row = find(report, f"prefix_attention/{mode}", _SHARED, "fastomni triton")
+        if result is None or row is None:
+            return None
+        needed.append(result["needed"]["flops"])
+        seconds.append(row["median_s"])
+    added = seconds[1] - seconds[0]
+    return (needed[1] - needed[0]) / added if added > 0 else None
+
+
 _HEAD = (12800, 896, 151936)
+_QWEN = (14, 2, 64)  # heads, key heads, size of a head
+_SHARED, _SHARED_16 = (8, 1500, 8, 200, *_QWEN, 100), (8, 1500, 16, 200, *_QWEN, 100)
 
 GOALS = (
     Goal(
@@ -142,6 +190,57 @@ GOALS = (
         1.1,
         False,
         _on_cpu("median_s", invert=False),
+    ),
+    Goal(
+        "CPU: prefix_attention forward and backward at P=976, G=8, C=64: at least 3.7 times as "
+        "fast as SDPA on repeated rows",
+        3.7,
+        True,
+        _faster_than_repeated((1, 976, 8, 64, *_QWEN, 100), SDPA, on_h100=False),
+    ),
+    Goal(
+        "CPU: at 4 groups of ragged lengths (P 249 to 512, C 26 to 64): at least 0.8 of the "
+        "speed-up that its arithmetic allows",
+        0.8,
+        True,
+        _faster_than_repeated((4, 512, 8, 64, *_QWEN, 40), SDPA, on_h100=False, of_allowed=True),
+    ),
+    Goal(
+        "H100: prefix_attention forward and backward at P=1500, G=8, C=200: at least 2.5 times as "
+        "fast as flash varlen on repeated rows",
+        2.5,
+        True,
+        _faster_than_repeated(_SHARED, VARLEN, on_h100=True),
+    ),
+    Goal(
+        "H100: with G=16: at least 3 times as fast",
+        3.0,
+        True,
+        _faster_than_repeated(_SHARED_16, VARLEN, on_h100=True),
+    ),
+    Goal(
+        "H100: prefix_attention forward with G=8: at least 350 TFLOP/s, counted on shared rows",
+        350e12,
+        True,
+        _on_h100("prefix_attention/forward", _SHARED, "fastomni triton", "flops_per_s"),
+    ),
+    Goal(
+        "H100: its backward: at least 250 TFLOP/s, counted on shared rows",
+        250e12,
+        True,
+        _backward_rate,
+    ),
+    Goal(
+        "H100: prefix_decode of 64 sequences, P=1500, 100 own tokens, in at most 6 us a layer",
+        6e-6,
+        False,
+        _on_h100("prefix_decode/forward", (8, 1500, 8, 100, *_QWEN), "fastomni triton", "median_s"),
+    ),
+    Goal(
+        "H100: sample from 64 x 151,936 logits in at most 40 us",
+        40e-6,
+        False,
+        _on_h100("sample/forward", (64, 151936), "fastomni triton", "median_s"),
     ),
 )
 

@@ -1,4 +1,4 @@
-"""Profiles every kernel of the loss side against its peers, on this machine.
+"""Profiles every function of fastomni_kernels against its peers, on this machine.
 
     python bench/kernels.py [--only linear_grpo_loss ...] [--sizes small full 512x896x151936]
                             [--json FILE] [--plot FILE.png] [--trace FILE.json] [--list]
@@ -33,7 +33,15 @@ os.environ.setdefault("USE_HUB_KERNELS", "0")
 
 import torch
 
-from bench import cases_attention, cases_linear_loss, cases_logprobs, cases_policy
+from bench import (
+    cases_attention,
+    cases_decode,
+    cases_linear_loss,
+    cases_logprobs,
+    cases_policy,
+    cases_prefix,
+    cases_sampling,
+)
 from bench.cases import Case
 from bench.ceilings import measure_ceilings
 from bench.goals import judge_all
@@ -47,9 +55,14 @@ CASES = (
     *cases_policy.CASES,
     *cases_logprobs.CASES,
     *cases_linear_loss.CASES,
+    *cases_prefix.CASES,
+    *cases_decode.CASES,
+    *cases_sampling.CASES,
     *cases_attention.CASES,
 )
-SIZE_NAMES = tuple(dict.fromkeys(name for case in CASES for name in case.sizes))
+SIZE_NAMES = tuple(dict.fromkeys(n for case in CASES for n in (*case.sizes, *case.sweeps)))
+MOST_SHOWN = 4  # sizes of a sweep
+GPU_SIZES = ("full", "full-g16", "sweep", "grid")
 PACKAGES = ("transformers", "triton", "trl", "liger-kernel", "verl", "quack-kernels", "flash-attn")
 
 Job = tuple[Case, str, tuple[int, ...]]
@@ -96,16 +109,20 @@ def plan(cases: Sequence[Case], sizes: Sequence[str], device: torch.device) -> l
                 f"--sizes {size}: unknown; {_nearest(size, SIZE_NAMES)}, or give numbers such as "
                 "512x896x151936"
             )
-        if size == "full" and device.type == "cpu":
+        if size in GPU_SIZES and device.type == "cpu":
             raise ValueError(
-                "--sizes full: these are a GPU's sizes, which take a CPU hours and tens of GiB; "
+                f"--sizes {size}: these are a GPU's sizes, which take a CPU hours and tens of GiB; "
                 "use small, cpu, or numbers of your own"
             )
-        having = [case for case in cases if size in case.sizes]
-        if not having:
-            owners = dict.fromkeys(case.function for case in CASES if size in case.sizes)
-            raise ValueError(f"--sizes {size}: a size of {' and '.join(owners)} alone")
-        jobs += [(case, size, tuple(case.sizes[size])) for case in having]
+        named = [
+            (case.in_sweeps if size in case.sweeps else case, size, numbers)
+            for case in cases
+            for numbers in case.named(size)
+        ]
+        if not named:
+            owners = dict.fromkeys(case.function for case in CASES if case.named(size))
+            raise ValueError(f"--sizes {size}: a size of {', '.join(owners)} alone")
+        jobs += named
     order = {case.name: index for index, case in enumerate(cases)}
     return sorted(dict.fromkeys(jobs), key=lambda job: order[job[0].name])
 
@@ -122,6 +139,10 @@ def show_list(device: torch.device) -> None:
         print(
             "  sizes: " + ", ".join(f"{n} {'x'.join(map(str, s))}" for n, s in case.sizes.items())
         )
+        for name, sweep in case.sweeps.items():
+            shown = " ".join("x".join(map(str, s)) for s in sweep[:MOST_SHOWN])
+            more = f" and {len(sweep) - MOST_SHOWN} more" if len(sweep) > MOST_SHOWN else ""
+            print(f"  {name}: {shown}{more}")
         for provider in case.providers:
             obstacle = provider.unavailable(device.type)
             print(f"  {provider.name:<30}{obstacle or 'runs here'}")

@@ -1,4 +1,4 @@
-"""Draws a report of the kernel benchmark: one panel a case, one bar a provider.
+"""Draws a report of the kernel benchmark: one panel a case, one bar a provider, sweeps as lines.
 
 A bar is the median time, its whisker goes from the least to the most, and the dashed line is the
 least time that the machine's ceilings allow. The axis is logarithmic where the slowest provider
@@ -14,17 +14,21 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 from bench.profiling import FAILED, REFUSED, TIMED
+from bench.sharing import speed_up
+from bench.sweep_plots import Arm, arms, draw_arm, is_sweep
 from bench.tables import SECONDS, seconds, size
 
 OURS, PEER, INK, CEILING = "#0f766e", "#b8c0cc", "#1f2937", "#c2410c"
 COLUMNS, WIDTH, BAR_HEIGHT = 2, 14.0, 0.34
+SWEEP_COLUMNS, SWEEP_HEIGHT = 3, 3.4
 LOGARITHMIC_FROM = 20.0
 BAR = 0.66  # of the distance between two bars
+MANY_SIZES = 6  # are written without spaces
 LONGEST_REASON = 64  # characters of 8 points that fit into a panel
 
 
@@ -58,48 +62,79 @@ def draw(report: dict[str, Any]) -> Figure:
         ValueError: nothing ran.
     """
     shown = (TIMED, FAILED, REFUSED)
+    sweeps = arms([result for result in report["cases"] if is_sweep(result)])
     panels = [
         (result, [row for row in result["rows"] if row["status"] in shown])
         for result in report["cases"]
+        if not is_sweep(result)
     ]
     panels = [(result, rows) for result, rows in panels if rows]
-    if not panels:
+    if not panels and not sweeps:
         raise ValueError("nothing ran, so there is nothing to draw")
     lines = [panels[i : i + COLUMNS] for i in range(0, len(panels), COLUMNS)]
     heights = [1.1 + BAR_HEIGHT * max(len(rows) for _, rows in line) for line in lines]
-    figure = Figure(figsize=(WIDTH, sum(heights) + 1.0), layout="constrained")
+    curves = [sweeps[i : i + SWEEP_COLUMNS] for i in range(0, len(sweeps), SWEEP_COLUMNS)]
+    parts = {True: sum(heights), False: SWEEP_HEIGHT * len(curves)}
+    parts = {are_bars: height for are_bars, height in parts.items() if height}
+    figure = Figure(figsize=(WIDTH, sum(parts.values()) + 1.0), layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.subplots(
+    pieces = figure.subfigures(len(parts), 1, squeeze=False, height_ratios=list(parts.values()))
+    for piece, are_bars in zip(pieces[:, 0], parts, strict=True):
+        if are_bars:
+            _bars(piece, lines, heights)
+        else:
+            _curves(piece, curves)
+    where = report["environment"]
+    device = where["accelerator"]["name"] if where["accelerator"] else where["device"]
+    threads = "" if where["accelerator"] else f", {where['threads']} threads"
+    title = (
+        f"fastomni_kernels and peers on {device}{threads}; torch {where['torch']}, {where['date']}"
+    )
+    if panels:
+        title += (
+            "\nBars: median time, whiskers: least to most; beside them: the median, and + the "
+            "memory beyond inputs, outputs and gradients"
+        )
+        _legend(figure, any(row["status"] != TIMED for _, rows in panels for row in rows))
+    figure.suptitle(title, fontsize=12, color=INK)
+    return figure
+
+
+def _bars(piece: SubFigure, lines: list[list[tuple[Any, Any]]], heights: list[float]) -> None:
+    """Fill a part of the figure with panels of bars."""
+    grid = piece.subplots(
         len(lines), COLUMNS, squeeze=False, gridspec_kw={"height_ratios": heights}
     )
-    for axes in grid.flat[len(panels) :]:
-        axes.set_visible(False)
     for row_of_axes, line in zip(grid, lines, strict=True):
         most = max(len(rows) for _, rows in line)
         for axes, (result, rows) in zip(row_of_axes, line, strict=False):
             _panel(axes, result, rows)
             axes.set_ylim(most - 0.4, -0.6)  # bars of one thickness in all panels
-    where = report["environment"]
-    device = where["accelerator"]["name"] if where["accelerator"] else where["device"]
-    threads = "" if where["accelerator"] else f", {where['threads']} threads"
-    figure.suptitle(
-        f"fastomni_kernels and peers on {device}{threads}; torch {where['torch']}, {where['date']}"
-        "\n"
-        "Bars: median time, whiskers: least to most; beside them: the median, and + the memory "
-        "beyond inputs, outputs and gradients",
-        fontsize=12,
-        color=INK,
-    )
+        for axes in row_of_axes[len(line) :]:
+            axes.set_visible(False)
+
+
+def _curves(piece: SubFigure, lines: list[list[Arm]]) -> None:
+    """Fill a part of the figure with panels of sweeps."""
+    grid = piece.subplots(len(lines), SWEEP_COLUMNS, squeeze=False)
+    for row_of_axes, line in zip(grid, lines, strict=True):
+        for axes, arm in zip(row_of_axes, line, strict=False):
+            draw_arm(axes, arm, OURS, PEER, CEILING, INK)
+        for axes in row_of_axes[len(line) :]:
+            axes.set_visible(False)
+
+
+def _legend(figure: Figure, has_empty: bool) -> None:
+    """What bars and lines are, below all panels."""
     handles: list[Patch | Line2D] = [
         Patch(color=OURS, label="fastomni"),
         Patch(color=PEER, label="peers"),
         Line2D([], [], color=CEILING, linestyle="--", label="least time at the ceilings"),
     ]
-    if any(row["status"] != TIMED for _, rows in panels for row in rows):
+    if has_empty:
         empty = Patch(fill=False, edgecolor=INK, linestyle=":", label="no time: failed or refused")
         handles.append(empty)
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
-    return figure
 
 
 def _panel(axes: Axes, result: dict[str, Any], rows: list[dict[str, Any]]) -> None:
@@ -141,8 +176,13 @@ def _panel(axes: Axes, result: dict[str, Any], rows: list[dict[str, Any]]) -> No
             color=INK,
         )
     axes.set_yticks(range(len(rows)), [row["provider"] for row in rows], fontsize=9)
-    shape = " x ".join(str(number) for number in result["sizes"].values())
+    numbers = [str(number) for number in result["sizes"].values()]
+    shape = (" x " if len(numbers) < MANY_SIZES else "x").join(numbers)
     scale = "   (logarithmic)" if logarithmic else ""
+    factor = speed_up(result) if "repeated_work" in result else None
+    if factor is not None:
+        allowed = result["repeated_work"]
+        scale = f"\n{factor:.2f} x SDPA on repeated rows, {allowed:.2f} x the arithmetic" + scale
     axes.set_title(f"{result['name']}   {shape}{scale}", fontsize=10, loc="left", color=INK)
     axes.xaxis.set_major_formatter(lambda value, _: _tick(value))
     axes.xaxis.set_minor_formatter(lambda value, _: "")

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from bench.cases import FORWARD, Call, Case, Problem, Provider
+from bench.cases import TRAINING, Call, Case, Problem, Provider
 from bench.ceilings import Ceilings, type_name
 from bench.errors import check, worst
 from bench.memory import measure_memory
@@ -62,7 +62,7 @@ class Trace:
 
 
 def _mode(case: Case) -> AbstractContextManager[Any]:
-    return torch.no_grad() if case.mode == FORWARD else torch.enable_grad()
+    return torch.enable_grad() if case.mode == TRAINING else torch.no_grad()
 
 
 def examine(
@@ -79,7 +79,9 @@ def examine(
         return {**row, "status": UNAVAILABLE, "reason": obstacle}, None
     try:
         call = provider.prepare(problem)
-        errors = check(case, problem, call(), device, provider.strict)
+        answer = provider.finish(problem, call())
+        errors = check(case, problem, answer, device, provider.strict)
+        del answer
         row["errors"] = {name: asdict(error) for name, error in errors.items()}
         name, error = worst(errors)
         if not error.acceptable:
@@ -156,7 +158,14 @@ def profile_case(
             row |= _summary(timings[name])
             if trace is not None:
                 trace.add(f"{case.name} {shape} {name}", calls[name], device)
-    return {
+    return {**_heading(case, sizes, size_name, dtype), "rows": rows}
+
+
+def _heading(
+    case: Case, sizes: Sequence[int], size_name: str, dtype: torch.dtype
+) -> dict[str, Any]:
+    """What a result is of, and what it needs."""
+    found: dict[str, Any] = {
         "name": case.name,
         "function": case.function,
         "mode": case.mode,
@@ -164,8 +173,10 @@ def profile_case(
         "sizes": dict(zip(case.dimensions, sizes, strict=True)),
         "dtype": type_name(dtype),
         "needed": asdict(case.cost(sizes, dtype.itemsize)),
-        "rows": rows,
     }
+    if case.repeated_work is not None:
+        found["repeated_work"] = case.repeated_work(sizes)
+    return found
 
 
 def _summary(timing: Timing) -> dict[str, Any]:

@@ -4,7 +4,8 @@
 
 Prints the part of bench/results/README.md that depends on the report. Exit status 1 where the
 report is not fit to be kept: a row of ours failed or was refused, or a verdict is not what its own
-rows say. The page names no times: they are in the report, and differ from run to run.
+rows say. The page names no times: they are in the report, and differ from run to run. What sharing
+a prompt gains is a ratio of times of one run, and is named.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from bench import sharing
 from bench.goals import judge_all
 
 Report = dict[str, Any]
@@ -59,14 +62,32 @@ def page(report: Report) -> str:
     return "\n".join(lines) + "\n"
 
 
+def sharing_table(report: Report) -> str:
+    """Return what sharing prompts gains, case by case; empty where none was compared."""
+    shared = [result for result in report["cases"] if sharing.sentence(result)]
+    lines = [
+        "| shared prompts: case (sizes) | arithmetic of repeated rows over ours | times as fast "
+        "as SDPA on repeated rows |",
+        "| --- | --- | --- |",
+    ]
+    lines += [
+        f"| {_with_sizes(result)} | {result['repeated_work']:.2f} | "
+        f"{sharing.speed_up(result):.2f} |"
+        for result in shared
+    ]
+    return "\n".join(lines) + "\n" if shared else ""
+
+
 def faster(report: Report) -> dict[str, list[str]]:
     """Return by case the peers whose median time is below that of our fastest row."""
     found: dict[str, list[str]] = {}
+    names = Counter(_at(result) for result in report["cases"])
     for result in report["cases"]:
         timed = [row for row in result["rows"] if row["status"] == "timed"]
         ours = min((row["median_s"] for row in timed if row["ours"]), default=float("inf"))
         peers = {row["provider"]: row["median_s"] for row in timed if not row["ours"]}
-        found[_at(result)] = sorted(name for name, taken in peers.items() if taken < ours)
+        at = _at(result) if names[_at(result)] == 1 else _with_sizes(result)
+        found[at] = sorted(name for name, taken in peers.items() if taken < ours)
     return found
 
 
@@ -75,12 +96,18 @@ def _at(result: Report) -> str:
     return f"{result['name']} ({result['size_name']})"
 
 
+def _with_sizes(result: Report) -> str:
+    """Case, size and numbers: "prefix_attention/forward (cpu-sweep 1x512x8x64x14x2x64x100)"."""
+    numbers = "x".join(str(number) for number in result["sizes"].values())
+    return f"{result['name']} ({result['size_name']} {numbers})"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("report", type=Path, help="JSON of bench/kernels.py")
     report = json.loads(parser.parse_args(arguments).report.read_text(encoding="utf-8"))
-    print(page(report), end="")
+    print("\n".join(filter(None, (page(report), sharing_table(report)))), end="")
     found = problems(report)
     for problem in found:
         print(f"problem: {problem}", file=sys.stderr)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from bench import sharing
+
 # Factors and units, largest first.
 SECONDS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
 _BYTES = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
@@ -63,6 +65,8 @@ def show_case(result: dict[str, Any]) -> None:
         f"({needed['formula']}); at best {seconds(result['floor_s'])}, bound by "
         f"{result['bound_by']}"
     )
+    if comparison := sharing.sentence(result):
+        print(f"  ours: {comparison}")
     columns = ("median", "least", "most", "bytes", "FLOPs", "ceiling", "extra memory")
     titles = "".join(f"{title:>13}" for title in columns)
     print(f"  {'':<28}{titles}  largest error, absolute / relative")

@@ -80,6 +80,10 @@ class ModelConfig:
     """Frames taken from a clip; null: as many as the checkpoint was made for."""
     aspect: Literal["pad", "squash"] = "pad"
     """How a frame becomes square: pad in grey (released training), squash (released inference)."""
+    attention: Literal["auto", "prefix", "reference"] = "auto"
+    """The decoder's attention, in training and rollout: prefix reads a prompt once for all its
+    completions (Triton kernels on a GPU, plain torch on a CPU), reference is the slow definition,
+    auto takes prefix wherever it can run."""
 
     def __post_init__(self) -> None:
         check_text("path", self.path)

@@ -35,13 +35,16 @@ NARROWEST = 100  # columns: a table that is not on a terminal is not folded to 8
 VARIABLES = ("FASTOMNI_KERNELS", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
 
 # Functions of fastomni_kernels that have no Triton kernel.
-PLAIN = ("kl_penalty", "prefix_attention", "prefix_decode", "sample")
+PLAIN = ("kl_penalty",)
 WITH_KERNEL = (
     "group_advantages",
     "gather_logprobs",
     "linear_logprobs",
     "grpo_loss",
     "linear_grpo_loss",
+    "prefix_attention",
+    "prefix_decode",
+    "sample",
 )
 
 

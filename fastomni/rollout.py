@@ -112,10 +112,13 @@ def generate(
     seeds = None if seeds is None else seeds.to(device)
     lengths = torch.zeros(len(first_position), dtype=torch.int64, device=device)
     running = torch.ones_like(lengths, dtype=torch.bool)
+    # The index of the token to draw, advanced on the device, where a CUDA graph can do it too.
+    positions = torch.zeros_like(lengths)
     drawn: list[tuple[Tensor, Tensor]] = []
     for position in range(sampling.max_new_tokens):
-        tokens, logprobs = _draw(logits, sampling, seeds, position)
+        tokens, logprobs = _draw(logits, sampling, seeds, positions)
         drawn.append((tokens, logprobs))
+        positions += 1
         lengths += running
         running = running & ~torch.isin(tokens, stop_ids)
         if position + 1 == sampling.max_new_tokens or not running.any():
@@ -138,14 +141,14 @@ def prefill(
     model: OmniModel, prompt_embeddings: Tensor, prompt_lengths: Sequence[int], sampling: Sampling
 ) -> tuple[Tensor, KeyValueCache]:
     """Runs each prompt once: its last hidden state [N, H], and the cache for decoding."""
-    generations, config = sampling.num_generations, model.config
-    cache = KeyValueCache(tuple(prompt_lengths), generations, [], [])
-    layout = GroupLayout.build(
-        list(prompt_lengths), [[] for _ in prompt_lengths], prompt_embeddings.device
-    )
+    config, device = model.config, prompt_embeddings.device
+    layout = GroupLayout.build(list(prompt_lengths), [[] for _ in prompt_lengths], device)
+    prompts = torch.arange(len(prompt_lengths), dtype=torch.int32, device=device)
+    prompt_of = prompts.repeat_interleave(sampling.num_generations)
+    cache = KeyValueCache(layout.cu_groups, prompt_of, torch.zeros_like(prompt_of), [], [])
     hidden = model(prompt_embeddings, layout, cache)
     shape = (
-        len(prompt_lengths) * generations,
+        len(prompt_of),
         sampling.max_new_tokens,
         config.num_key_value_heads,
         config.head_dim,
@@ -159,17 +162,18 @@ def prefill(
 
 
 def _draw(
-    logits: Tensor, sampling: Sampling, seeds: Tensor | None, position: int
+    logits: Tensor, sampling: Sampling, seeds: Tensor | None, positions: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Tokens [S] and their log-probabilities [S] from logits [S, V]."""
+    """Tokens [S] and their log-probabilities [S] from logits [S, V], at positions [S]."""
     if seeds is None or sampling.temperature == 0:
         tokens = logits.argmax(dim=-1)
         return tokens, gather_logprobs(logits, tokens, with_entropy=False)[0]
-    return sample(
+    found = sample(
         logits,
         seeds,
-        position,
+        positions,
         temperature=sampling.temperature,
         top_k=sampling.top_k,
         top_p=sampling.top_p,
     )
+    return found.tokens, found.logprobs

@@ -137,6 +137,7 @@ class Run:
         if self._preset and self.model_directory == self._initial:
             self._build_preset()
         model = OmniModel.from_pretrained(self.model_directory).to(self.device).float()
+        model.decoder.attention = self.config.model.attention
         if self.config.model.num_frames is not None:
             # What the model is trained with is what its checkpoint asks for later.
             model.config.num_frames = self.config.model.num_frames

@@ -161,20 +161,32 @@ def _attention_cases(device: torch.device, half: torch.dtype) -> list[_Case]:
     heads = [_random(LAYOUT.num_rows, count, 16, seed=i) for i, count in enumerate((4, 2, 2))]
     cu = torch.tensor([0, 9, 9, 14, LAYOUT.num_rows], dtype=torch.int32)
     moved = cu.to(device)
-    # Queries of 2 x 3 sequences, keys and values of prompts and of the sequences' own tokens.
+    # Queries of 6 sequences, keys and values of 2 prompts and of the sequences' own tokens.
     cached = [_random(6, 4, 16), _random(8, 2, 16, seed=1), _random(8, 2, 16, seed=2)]
     own = [_random(6, 5, 2, 16, seed=3), _random(6, 5, 2, 16, seed=4)]
+    newest = [_random(6, 2, 16, seed=5), _random(6, 2, 16, seed=6)]
+    angles = _random(6, 1, 8, seed=7).repeat(1, 1, 2)
     seeds = torch.arange(6)
 
     def decode(function: Callable[..., Tensor], *x: Tensor) -> Tensor:
-        return function(x[0], x[1], x[2], (5, 3), x[3], x[4], 4, 3)
+        offsets, lengths, owners = (
+            torch.tensor(counts, dtype=torch.int32, device=x[0].device)
+            for counts in ([0, 5, 8], [4, 0, 5, 3, 1, 4], [0, 1, 0, 1, -1, 1])
+        )
+        # What is appended is written into the caches that are given.
+        own_k, own_v, new_k, new_v, angles = (y.clone() for y in x[3:])
+        signs = angles.new_tensor([-1.0] * 8 + [1.0] * 8)
+        rotation = (angles.cos(), angles.sin() * signs)
+        new = {"new_k": new_k, "new_v": new_v, "rotation": rotation}
+        out = function(x[0], x[1], x[2], offsets, own_k, own_v, lengths, owners, **new)
+        return torch.cat([y.flatten() for y in (out, own_k, own_v)])
 
     def most_likely(logits: Tensor) -> list[Tensor]:
         return [logits.argmax(-1).double(), (logits / 0.7).log_softmax(-1).amax(-1)]
 
     def sampled(logits: Tensor) -> list[Tensor]:
-        tokens, logprobs = kernels.sample(logits, seeds.to(device), 0, 0.7, top_k=1)
-        return [tokens.to(logprobs.dtype), logprobs]
+        drawn = kernels.sample(logits, seeds.to(device), 0, 0.7, top_k=1)
+        return [drawn.tokens.to(drawn.logprobs.dtype), drawn.logprobs]
 
     return [
         _Case(
@@ -187,7 +199,7 @@ def _attention_cases(device: torch.device, half: torch.dtype) -> list[_Case]:
             "prefix_decode",
             partial(decode, kernels.prefix_decode),
             partial(decode, reference.prefix_decode),
-            [*cached, *own],
+            [*cached, *own, *newest, angles],
             trains=False,
         ),
         _Case(

@@ -23,7 +23,11 @@ TINY = {
     "gather_logprobs": "24x517",
     "linear_logprobs": "24x32x517",
     "linear_grpo_loss": "24x32x517",
-    "flash_varlen": "2x19x4x2x16",
+    "prefix_attention": "2x19x3x7x4x2x16x50",
+    "prefix_decode": "2x19x3x5x4x2x16",
+    "sample": "4x517",
+    "flash_varlen-bidirectional": "3x19x17x4x2x16",
+    "flash_varlen": "2x19x17x4x2x16",
 }
 
 
@@ -92,6 +96,8 @@ def test_gradients_are_part_of_what_is_checked(report: tuple[dict, Path]) -> Non
         "linear_logprobs/forward": {"logprobs", "entropy"},
         "linear_logprobs/forward+backward": {"logprobs", "entropy", "grad_hidden", "grad_weight"},
         "linear_grpo_loss/forward+backward": {"loss", "grad_hidden", "grad_weight"},
+        "prefix_attention/forward+backward": {"output", "grad_q", "grad_k", "grad_v"},
+        "flash_varlen-bidirectional/forward+backward": {"output", "grad_q", "grad_k", "grad_v"},
         "flash_varlen/forward+backward": {"output", "grad_q", "grad_k", "grad_v"},
     }
     for result in report[0]["cases"]:
@@ -121,14 +127,14 @@ def test_the_report_says_with_what_it_was_made(report: tuple[dict, Path]) -> Non
     assert where["threads"] == 1 and where["accelerator"] is None
     assert {"date", "commit", "device", "triton", "trl", "liger-kernel", "verl"} <= set(where)
     assert {item["verdict"] for item in report[0]["goals"]} == {"not measured"}
-    assert report[0]["settings"] == {"sizes": ["2x19x4x2x16"], "only": ["flash_varlen"],
+    assert report[0]["settings"] == {"sizes": ["2x19x17x4x2x16"], "only": ["flash_varlen"],
                                      "repeats": 3}  # fmt: skip
 
 
 def test_the_trace_opens_as_a_chrome_trace(report: tuple[dict, Path]) -> None:
     trace = json.loads((report[1] / "trace.json").read_text(encoding="utf-8"))
     events = trace["traceEvents"]
-    label = "flash_varlen/forward B=2 L=19 Hq=4 Hkv=2 D=16 torch SDPA"
+    label = "flash_varlen/forward B=2 Lmax=19 Lmin=17 Hq=4 Hkv=2 D=16 torch SDPA"
     (span,) = [e for e in events if e.get("name") == label and e["ph"] == "X"]
     inside = [
         e["name"]
@@ -232,13 +238,17 @@ def test_flops_are_those_of_the_products(bench: ModuleType, part: Any, mode: str
     assert cost.bytes == sum(4 * x.numel() for x in tensors) + 8 * (8 + 4 + 4)
 
 
-def test_pairs_of_causal_attention_are_counted(bench: ModuleType) -> None:
-    (case,) = bench.select(["flash_varlen/forward"])
-    problem = case.problem((3, 21, 4, 2, 8), CPU, torch.float32)
-    lengths = problem.settings["lengths"]
-    assert len(set(lengths)) == 3 and max(lengths) == 21
-    pairs = sum(int(torch.ones(n, n).tril().sum()) for n in lengths)
-    assert case.cost((3, 21, 4, 2, 8), 4).flops == 2 * 2 * pairs * 4 * 8
+def test_pairs_of_attention_are_counted(bench: ModuleType) -> None:
+    sizes = (3, 21, 18, 4, 2, 8)
+    for function, pairs_of in (
+        ("flash_varlen", lambda n: torch.ones(n, n).tril().sum()),
+        ("flash_varlen-bidirectional", lambda n: n * n),
+    ):
+        (case,) = bench.select([f"{function}/forward"])
+        lengths = case.problem(sizes, CPU, torch.float32).settings["lengths"]
+        assert len(lengths) == len(set(lengths)) == 3 and (lengths[0], lengths[-1]) == (21, 18)
+        pairs = sum(int(pairs_of(n)) for n in lengths)
+        assert case.cost(sizes, 4).flops == 2 * 2 * pairs * 4 * 8
 
 
 @pytest.mark.parametrize(
@@ -247,12 +257,13 @@ def test_pairs_of_causal_attention_are_counted(bench: ModuleType) -> None:
         (["--only", "linear_grpo"], "--only linear_grpo: unknown; did you mean linear_grpo_loss?"),
         (["--sizes", "smal"], "--sizes smal: unknown; did you mean small?"),
         (["--only", "flash_varlen", "--sizes", "cpu"],
-         "--sizes cpu: a size of linear_grpo_loss alone"),
+         "--sizes cpu: a size of linear_grpo_loss, prefix_attention, prefix_decode, sample alone"),
         (["--only", "grpo_loss", "--sizes", "1x2x3"], "grpo_loss takes SxC"),
         (["--only", "grpo_loss", "--sizes", "4x0"], "holds a 0"),
         (["--sizes", "full", "--device", "cpu"], "which take a CPU hours"),
         (["--only", "group_advantages", "--sizes", "4x2"], "G=2; the benchmark needs 3 or more"),
-        (["--only", "flash_varlen", "--sizes", "1x8x3x2x8"], "Hq=3 is no multiple of Hkv=2"),
+        (["--only", "flash_varlen", "--sizes", "1x8x8x3x2x8"], "Hq=3 is no multiple of Hkv=2"),
+        (["--only", "flash_varlen", "--sizes", "2x8x9x4x2x8"], "Lmax=8 is below Lmin=9"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_run_is_refused(

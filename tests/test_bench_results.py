@@ -38,6 +38,13 @@ def kept(repository: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
+def swept(repository: Path) -> dict[str, Any]:
+    """The report of the sweep over shared prompts that is kept."""
+    path = repository / "bench" / "results" / "prefix_sweep_cpu.json"
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
 def page(repository: Path) -> str:
     return (repository / "bench" / "results" / "README.md").read_text(encoding="utf-8")
 
@@ -52,7 +59,14 @@ def test_the_report_that_is_kept_is_sound(part: Any, kept: dict[str, Any]) -> No
     assert part("record").problems(kept) == []
     assert {case.name for case in part("kernels").CASES} == {case["name"] for case in kept["cases"]}
     measured = [goal for goal in kept["goals"] if goal["verdict"] != "not measured"]
-    assert [goal["goal"].startswith("CPU: ") for goal in measured] == [True, True]
+    assert [goal["goal"].startswith("CPU: ") for goal in measured] == [True] * 4
+
+
+def test_the_sweep_that_is_kept_is_sound(part: Any, swept: dict[str, Any], page: str) -> None:
+    assert part("record").problems(swept) == []
+    sizes = [tuple(result["sizes"].values()) for result in swept["cases"]]
+    assert sizes == list(part("cases_prefix").CPU_SWEEP)
+    assert part("record").sharing_table(swept) in page, "see: python -m bench.record FILE"
 
 
 @pytest.mark.parametrize("status", ["failed", "refused"])
@@ -72,7 +86,11 @@ def test_a_row_of_ours_without_a_time_is_found(
 def test_a_verdict_that_its_rows_do_not_bear_out_is_found(part: Any, kept: dict[str, Any]) -> None:
     problems = part("record").problems
     slower = copy.deepcopy(kept)
-    (big,) = (i for i, case in enumerate(kept["cases"]) if case["size_name"] == "cpu")
+    (big,) = (
+        i
+        for i, case in enumerate(kept["cases"])
+        if (case["function"], case["size_name"]) == ("linear_grpo_loss", "cpu")
+    )
     ours(slower, big)["median_s"] *= 100
     (found,) = problems(slower)
     assert "its rows say missed" in found and "the file says met" in found
@@ -106,6 +124,7 @@ def test_peers_that_are_faster_are_named(part: Any) -> None:
 
 def test_the_page_says_what_the_report_says(part: Any, kept: dict[str, Any], page: str) -> None:
     assert part("record").page(kept) in page, "see: python -m bench.record FILE"
+    assert part("record").sharing_table(kept) in page
     for goal in kept["goals"]:
         assert f"| {goal['goal']} | {goal['verdict']} |\n" in page
     for case in kept["cases"]:
@@ -118,17 +137,19 @@ def test_the_page_says_what_the_report_says(part: Any, kept: dict[str, Any], pag
 
 
 def test_every_file_has_a_row_and_commands_are_those_that_made_them(
-    repository: Path, part: Any, kept: dict[str, Any], page: str
+    repository: Path, part: Any, kept: dict[str, Any], swept: dict[str, Any], page: str
 ) -> None:
     folder = repository / "bench" / "results"
     first_cells = "".join(re.findall(r"^\|([^|]*)\|", page.split("\n\n")[1], re.M))
     named = set(re.findall(r"`([\w.]+)`", first_cells))
     assert named == {path.name for path in folder.iterdir()} - {"README.md"}
-    (command,) = re.findall(r"`(python bench/kernels\.py --sizes[^`]*)`", page)
-    options = part("kernels").parse(shlex.split(command)[2:])
-    assert {name: getattr(options, name) for name in kept["settings"]} == kept["settings"]
-    assert options.threads == kept["environment"]["threads"]
-    assert options.json.name == "kernels_cpu.json" and options.plot.name == "kernels_cpu.png"
+    for name, report in (("kernels_cpu", kept), ("prefix_sweep_cpu", swept)):
+        (command,) = re.findall(rf"`(python bench/kernels\.py [^`]*/{name}\.png)`", page)
+        options = part("kernels").parse(shlex.split(command)[2:])
+        settings = {key: getattr(options, key) for key in report["settings"]}
+        assert settings == report["settings"]
+        assert options.threads == report["environment"]["threads"]
+        assert options.json.name == f"{name}.json" and options.plot.name == f"{name}.png"
     (command,) = re.findall(r"`(python bench/aot\.py[^`]*)`", page)
     assert f"\n    {command}\n" in (folder / "aot.md").read_text(encoding="utf-8")
 
@@ -180,7 +201,8 @@ def test_what_is_not_near_any_name_gets_the_list(
     assert "did you mean" not in said
     assert all(case.name in said for case in kernels.CASES)
     assert kernels.main(["--device", "cpu", "--sizes", "nonsense"]) == 2
-    assert "choose from small, full, cpu, or give numbers" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "choose from small, full, cpu, ragged, " in said and ", or give numbers such as" in said
 
 
 def test_a_reader_that_goes_away_ends_the_command_quietly(

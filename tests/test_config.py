@@ -129,7 +129,8 @@ REFUSED = [
     ("rlvr.rolout.num_generations=4", "command line: rlvr.rolout: unknown key; did you mean rlvr.rollout?"),
     ("sede=1", "command line: sede: unknown key; did you mean seed?"),
     ("num_generations=4", "command line: num_generations: unknown key; did you mean rlvr.rollout.num_generations?"),
-    ("model.zzz=4", "command line: model.zzz: unknown key; the keys here are path, num_frames, aspect"),
+    ("model.zzz=4", "command line: model.zzz: unknown key; the keys here are path, num_frames, "
+     "aspect, attention"),
     ("seed", "command line: seed is not a setting; write key=value, such as seed=1"),
     ("=1", "command line: '=1' is not a setting; write key=value, such as seed=1"),
     ("rlvr..beta=1", "command line: 'rlvr..beta=1' is not a setting; write key=value, such as seed=1"),

@@ -129,11 +129,13 @@ def test_a_step_by_triton_is_the_step_by_the_reference(
         monkeypatch.setattr(dispatch, "choices", {})
         done[backend] = whole_step(settings, monkeypatch)
         ran[backend] = {name for name, chosen in dispatch.choices if chosen == backend}
-        for (function, chosen), reason in dispatch.choices.items():
-            assert chosen == backend or reason == "it has no Triton kernel", function
+        assert {chosen for _, chosen in dispatch.choices} == {backend}
     # Full logits are read by one function, hidden states by the other.
     logprobs = "gather_logprobs" if settings.sharing == "released" else "linear_logprobs"
-    assert {"group_advantages", logprobs, "grpo_loss"} <= ran["triton"] == ran["reference"]
+    rollout = {"prefix_attention", "prefix_decode", "sample"}
+    assert (
+        rollout | {"group_advantages", logprobs, "grpo_loss"} <= ran["triton"] == ran["reference"]
+    )
     ours, wanted = done["triton"], done["reference"]
     assert ours.tokens.equal(wanted.tokens)
     for name in ("advantages", "reference"):
@@ -144,3 +146,32 @@ def test_a_step_by_triton_is_the_step_by_the_reference(
     for name, gradient in wanted.gradients.items():
         error = (ours.gradients[name] - gradient).norm()
         assert error <= 1e-4 * gradient.norm().clamp_min(1e-3), name
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({}, id="sampled"),
+        pytest.param({"top_k": 12, "top_p": 0.8, "max_new_tokens": 2}, id="truncated"),
+    ],
+)
+def test_a_rollout_by_triton_is_the_rollout_by_the_reference(
+    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts of different lengths, so that sequences stop and prompts end at different places."""
+    policy, _ = models()
+    lengths, generator = (5, 1), torch.Generator().manual_seed(2)
+    embeddings = torch.randn(sum(lengths), policy.config.hidden_size, generator=generator)
+    usual: dict[str, Any] = {"num_generations": 2, "max_new_tokens": 4, "temperature": 0.9}
+    sampling = Sampling(**(usual | changes))
+    seeds, done = sequence_seeds(0, 1, ["a", "b"], 2), {}
+    for backend in ("reference", "triton"):
+        monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, backend)
+        monkeypatch.setattr(dispatch, "choices", {})
+        done[backend] = generate(policy, embeddings.to(DEVICE), lengths, sampling, seeds)
+        assert {chosen for _, chosen in dispatch.choices} == {backend}
+        assert {"prefix_attention", "prefix_decode"} <= {name for name, _ in dispatch.choices}
+    ours, wanted = done["triton"], done["reference"]
+    assert ours.tokens.equal(wanted.tokens) and ours.stopped == wanted.stopped
+    assert ours.layout == wanted.layout
+    torch.testing.assert_close(ours.logprobs, wanted.logprobs, rtol=0, atol=1e-4)

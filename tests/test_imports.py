@@ -126,6 +126,10 @@ def test_no_module_is_a_drawer_for_leftovers_or_named_kernels() -> None:
         ("fastomni.doctor", ["torch", "transformers", "rich", "av", "fastomni_kernels"]),
         ("fastomni_kernels", ["triton.language", "transformers", "fastomni"]),
         ("fastomni_kernels.ops", ["triton.language", "transformers", "fastomni"]),
+        (
+            "fastomni_kernels.transformers_attention",
+            ["triton.language", "transformers", "fastomni"],
+        ),
     ],
 )
 def test_an_import_loads_only_what_it_needs(

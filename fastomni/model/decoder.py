@@ -16,28 +16,31 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from fastomni.model.attention import decode_attention, packed_attention
 from fastomni.model.config import OmniConfig
 from fastomni.model.elementwise import rms_norm, rotate, swiglu
-from fastomni_kernels import GroupLayout, prefix_attention, prefix_decode
+from fastomni_kernels import GroupLayout
 
 
 @dataclass
 class KeyValueCache:
     """Keys and values of one rollout: prompts packed once, completions in fixed slots.
 
+    All counts are tensors on the device, so that a step of decoding reads nothing back.
+
     Attributes:
-        prompt_lengths: P_i of each prompt, host integers.
-        generations: G, completions per prompt; sequence s belongs to prompt s // G.
+        prefix_offsets: [N + 1] int32, where each prompt begins and ends in `prefix`.
+        prompt_of: [S] int32, the prompt of each sequence; -1 where a slot is not in use.
+        suffix_lengths: [S] int32, completion tokens already stored.
         prefix: per layer, keys and values [sum P, Hkv, D] of the prompts.
         suffix: per layer, keys and values [S, C_max, Hkv, D] of the completions.
-        length: completion tokens already stored, the same for all sequences.
     """
 
-    prompt_lengths: tuple[int, ...]
-    generations: int
+    prefix_offsets: Tensor
+    prompt_of: Tensor
+    suffix_lengths: Tensor
     prefix: list[tuple[Tensor, Tensor]]
     suffix: list[tuple[Tensor, Tensor]]
-    length: int = 0
 
 
 class RMSNorm(nn.Module):
@@ -69,13 +72,20 @@ class DecoderLayer(nn.Module):
         self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def project(self, hidden: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-        """Queries [T, Hq, D], keys and values [T, Hkv, D] of rows [T, H], rotated."""
+    def project(
+        self, hidden: Tensor, rotation: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [T, Hq, D], keys and values [T, Hkv, D] of rows [T, H].
+
+        Queries and keys are rotated where a rotation is given.
+        """
         heads = self.qkv(self.input_layernorm(hidden)).unflatten(-1, (-1, self.head_dim))
-        rotated, values = heads.split(
-            (self.query_heads + self.key_value_heads, self.key_value_heads), dim=1
-        )
-        return *rotate(rotated, rotation, self.query_heads), values
+        parts = (self.query_heads, self.key_value_heads, self.key_value_heads)
+        if rotation is None:
+            queries, keys, values = heads.split(parts, dim=1)
+            return queries, keys, values
+        turned, values = heads.split((parts[0] + parts[1], parts[2]), dim=1)
+        return *rotate(turned, rotation, self.query_heads), values
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """Output projection, residuals and the feed-forward part; all [T, H]."""
@@ -90,6 +100,7 @@ class Decoder(nn.Module):
     def __init__(self, config: OmniConfig) -> None:
         super().__init__()
         self.config = config
+        self.attention = "auto"  # one of `attention.MODES`
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -127,37 +138,39 @@ class Decoder(nn.Module):
             queries, keys, values = layer.project(hidden, rotation)
             if cache is not None:
                 cache.prefix.append((keys.contiguous(), values.contiguous()))
-            hidden = layer.finish(hidden, prefix_attention(queries, keys, values, layout))
+            attended = packed_attention(self.attention, queries, keys, values, layout)
+            hidden = layer.finish(hidden, attended)
         return self.norm(hidden)
 
     def decode_step(self, embeddings: Tensor, positions: Tensor, cache: KeyValueCache) -> Tensor:
         """One token for every sequence: hidden states [S, H] of embeddings [S, H].
 
-        Writes the tokens' keys and values into the cache's slot `cache.length` and advances it.
+        Rotates and stores the tokens' keys, and their values, in the kernel that reads them; the
+        cache's lengths are advanced first, by one.
 
         Args:
             embeddings: [S, H].
-            positions: [S] integers, P_i + cache.length.
+            positions: [S] integers, P_i and the completion tokens stored before.
             cache: filled by a prefill; its tensors are changed in place.
         """
         rotation = rotary(positions, self.config, embeddings.dtype)
-        slot, hidden = cache.length, embeddings
+        cache.suffix_lengths += 1
+        hidden = embeddings
         for index, layer in enumerate(self.blocks):
-            queries, keys, values = layer.project(hidden, rotation)
-            suffix_keys, suffix_values = cache.suffix[index]
-            suffix_keys[:, slot] = keys
-            suffix_values[:, slot] = values
-            attended = prefix_decode(
+            queries, keys, values = layer.project(hidden)
+            attended = decode_attention(
+                self.attention,
                 queries,
                 *cache.prefix[index],
-                cache.prompt_lengths,
-                suffix_keys,
-                suffix_values,
-                slot + 1,
-                cache.generations,
+                cache.prefix_offsets,
+                *cache.suffix[index],
+                cache.suffix_lengths,
+                cache.prompt_of,
+                new_k=keys,
+                new_v=values,
+                rotation=rotation,
             )
             hidden = layer.finish(hidden, attended)
-        cache.length = slot + 1
         return self.norm(hidden)
 
 

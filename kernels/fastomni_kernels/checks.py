@@ -24,20 +24,25 @@ def require(condition: bool, message: str) -> None:
 
 def check_kind(function: str, name: str, x: object, kind: type) -> None:
     """Refuse anything but an instance of `kind`."""
-    require(
-        isinstance(x, kind),
-        f"{function}: {name} is of type {type(x).__name__}; it must be a {kind.__name__}",
-    )
+    if not isinstance(x, kind):
+        raise ValueError(
+            f"{function}: {name} is of type {type(x).__name__}; it must be a {kind.__name__}"
+        )
 
 
 def check_shape(function: str, name: str, x: Tensor, shape: Sequence[int | str]) -> None:
     """Refuse a tensor whose shape differs from `shape`; letters stand for any size."""
     check_kind(function, name, x, Tensor)
-    fits = x.dim() == len(shape) and all(
-        isinstance(want, str) or want == have for want, have in zip(shape, x.shape, strict=True)
-    )
+    have = x.shape
+    # Compared before a message is made: a rollout asks for each layer of each token.
+    if len(have) == len(shape):
+        for want, size in zip(shape, have, strict=True):
+            if want != size and not isinstance(want, str):
+                break
+        else:
+            return
     wanted = ", ".join(map(str, shape))
-    require(fits, f"{function}: {name} has shape {list(x.shape)}; it must be [{wanted}]")
+    raise ValueError(f"{function}: {name} has shape {list(have)}; it must be [{wanted}]")
 
 
 def check_float(function: str, **tensors: Tensor) -> None:

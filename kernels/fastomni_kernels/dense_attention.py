@@ -5,7 +5,8 @@ Each group is cut into dense pieces that torch's CPU flash kernel takes as strid
 themselves (causal). The last two meet by log-sum-exp. The decision that is not obvious: the
 backward hands every piece the merged output and the merged log-sum-exp, so each piece works with
 the probabilities of the whole softmax and its gradients simply add up; the gradient of a prompt's
-keys is the sum over its completions without anything being repeated.
+keys is the sum over its completions without anything being repeated. So the backward may cut
+otherwise than the forward, and does where a prompt is long (`dense_backward`).
 
 Shapes: T packed rows, Hq query heads, Hkv key-value heads, R = Hq / Hkv, D head size.
 """
@@ -16,12 +17,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from fastomni_kernels import dense_backward
 from fastomni_kernels.chunked_logprobs import widened
 from fastomni_kernels.layout import GroupLayout
 
@@ -69,9 +69,20 @@ class _Completions:
 
 
 @dataclass(frozen=True)
+class _LongGroup:
+    """A group whose prompt is long enough for a backward of its own; see `dense_backward`."""
+
+    rows: slice
+    prompt: int
+
+
+@dataclass(frozen=True)
 class _Plan:
     segments: tuple[_Segment, ...]
     completions: tuple[_Completions, ...]
+    # What the backward does instead of all segments.
+    short: tuple[_Segment, ...]
+    long: tuple[_LongGroup, ...]
 
 
 def _pad_together(layout: GroupLayout, sequences: list[int]) -> _Completions:
@@ -107,6 +118,8 @@ def _batch_completions(layout: GroupLayout, sequences: list[int]) -> Iterator[_C
 @lru_cache(maxsize=32)
 def _plan(layout: GroupLayout) -> _Plan:
     segments: list[_Segment] = []
+    short: list[_Segment] = []
+    long: list[_LongGroup] = []
     shared: list[int] = []
     shapes = []
     for i, prompt in enumerate(layout.prompt_lengths):
@@ -121,11 +134,19 @@ def _plan(layout: GroupLayout) -> _Plan:
     for (causal_rows, rows), run in groupby(shapes):
         groups = len(list(run))
         causal, rest = (0, causal_rows), (causal_rows, rows)
-        segments.append(_Segment(first_row, groups, rows, causal, causal, causal=True))
+        pieces = [_Segment(first_row, groups, rows, causal, causal, causal=True)]
         if causal_rows < rows:
-            segments.append(_Segment(first_row, groups, rows, rest, causal, causal=False))
-        first_row += groups * rows
-    return _Plan(tuple(segments), tuple(_batch_completions(layout, shared)))
+            pieces.append(_Segment(first_row, groups, rows, rest, causal, causal=False))
+        segments += pieces
+        stop = first_row + groups * rows
+        if causal_rows < dense_backward.SHORTEST:
+            short += pieces
+        else:
+            starts = range(first_row, stop, rows)
+            long += [_LongGroup(slice(start, start + rows), causal_rows) for start in starts]
+        first_row = stop
+    batches = tuple(_batch_completions(layout, shared))
+    return _Plan(tuple(segments), batches, tuple(short), tuple(long))
 
 
 def _forward_segment(
@@ -206,49 +227,9 @@ def _merge(batch: _Completions, own: tuple[Tensor, Tensor], out: Tensor, lse: Te
     lse.index_copy_(0, rows, merged)
 
 
-class _PrefixAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: GroupLayout, scale: float
-    ) -> Tensor:
-        plan = _plan(layout)
-        out = torch.empty_like(q)
-        lse = torch.empty_like(q[..., :1])
-        for segment in plan.segments:
-            _forward_segment(segment, q, k, v, out, lse, scale)
-        for batch in plan.completions:
-            query, key, value = (x[batch.rows] for x in (q, k, v))
-            own = torch.empty_like(query), torch.empty_like(query[..., :1])
-            _forward_segment(batch.segment, query, key, value, *own, scale)
-            _merge(batch, own, out, lse)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.plan, ctx.scale = plan, scale
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        inputs = (grad_out.contiguous(), q, k, v, out, lse)
-        grads = tuple(torch.empty_like(x) for x in (q, k, v))
-        for segment in ctx.plan.segments:
-            _backward_segment(segment, inputs, grads, ctx.scale)
-        for batch in ctx.plan.completions:
-            gathered = tuple(x[batch.rows] for x in inputs)
-            # No gradient reaches a padded query, and causality hides padded keys from real ones.
-            gathered[0][batch.padding] = 0
-            own = tuple(torch.empty_like(x) for x in gathered[1:4])
-            _backward_segment(batch.segment, gathered, own, ctx.scale)
-            rows = batch.rows[batch.real]
-            grads[0].index_add_(0, rows, own[0][batch.real])
-            for total, part in zip(grads[1:], own[1:], strict=True):
-                total.index_copy_(0, rows, part[batch.real])
-        return *grads, None, None
-
-
-def prefix_attention(
-    q: Tensor, k: Tensor, v: Tensor, layout: GroupLayout, scale: float | None = None
-) -> Tensor:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, layout: GroupLayout, scale: float
+) -> tuple[Tensor, Tensor]:
     """Attend within each group; equal to `reference.prefix_attention`, on CPU tensors.
 
     Args:
@@ -256,12 +237,72 @@ def prefix_attention(
         k: [T, Hkv, D] keys; Hkv divides Hq.
         v: [T, Hkv, D] values.
         layout: the rows.
-        scale: factor of the scores, D ** -0.5 by default.
+        scale: factor of the scores.
 
     Returns:
-        [T, Hq, D] in q's dtype; half precision is computed in fp32.
+        out [T, Hq, D] in q's dtype (half precision is computed in fp32), and the log-sum-exp of the
+        scaled scores [T, Hq], nats, fp32 (fp64 for fp64).
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    # The flash kernel needs neighbouring elements of a head side by side.
-    wide = (x if x.stride(-1) == 1 else x.contiguous() for x in map(widened, (q, k, v)))
-    return _PrefixAttention.apply(*wide, layout, scale).to(q.dtype)
+    dtype = q.dtype
+    q, k, v = map(_side_by_side, (q, k, v))
+    plan = _plan(layout)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = torch.empty_like(out[..., :1])
+    for segment in plan.segments:
+        _forward_segment(segment, q, k, v, out, lse, scale)
+    for batch in plan.completions:
+        query, key, value = (x[batch.rows] for x in (q, k, v))
+        own = torch.empty_like(query), torch.empty_like(query[..., :1])
+        _forward_segment(batch.segment, query, key, value, *own, scale)
+        _merge(batch, own, out, lse)
+    return out.to(dtype), lse.squeeze(-1)
+
+
+def backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    layout: GroupLayout,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k and v, contiguous and in their dtypes.
+
+    Args:
+        grad_out: [T, Hq, D] gradient of the output, any strides.
+        q, k, v: what the forward was given.
+        out, lse: what it returned.
+        layout: the rows.
+        scale: factor of the scores.
+    """
+    plan = _plan(layout)
+    # Contiguous, because the gradient often is an expanded view.
+    wide = (widened(grad_out).contiguous(), *map(_side_by_side, (q, k, v, out)))
+    inputs = (*wide, lse[..., None])
+    contiguous = torch.contiguous_format
+    grads = tuple(torch.empty_like(x, memory_format=contiguous) for x in inputs[1:4])
+    for segment in plan.short:
+        _backward_segment(segment, inputs, grads, scale)
+    for group in plan.long:
+        given = tuple(x[group.rows] for x in inputs)
+        dense_backward.backward(given, tuple(x[group.rows] for x in grads), group.prompt, scale)
+    for batch in plan.completions:
+        gathered = tuple(x[batch.rows] for x in inputs)
+        # No gradient reaches a padded query, and causality hides padded keys from real ones.
+        gathered[0][batch.padding] = 0
+        own = tuple(torch.empty_like(x) for x in gathered[1:4])
+        _backward_segment(batch.segment, gathered, own, scale)
+        rows = batch.rows[batch.real]
+        grads[0].index_add_(0, rows, own[0][batch.real])
+        for total, part in zip(grads[1:], own[1:], strict=True):
+            total.index_copy_(0, rows, part[batch.real])
+    grad_q, grad_k, grad_v = (grad.to(x.dtype) for grad, x in zip(grads, (q, k, v), strict=True))
+    return grad_q, grad_k, grad_v
+
+
+def _side_by_side(x: Tensor) -> Tensor:
+    """Return x widened, with the elements of a head side by side as the flash kernel needs them."""
+    x = widened(x)
+    return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,11 +1,12 @@
 """Attention of packed sequences through whichever fast implementation this machine has.
 
-`flash_varlen` is one call over three backends: "flash-attn" (package 4, 3 or 2), "torch" (the flash
-kernel inside torch) and "reference" (plain torch, any device and float dtype). There is no Triton
-kernel of our own. The choice is made from device, dtype, head size and what imports, and stands in
-`dispatch.choices`. The decision that is not obvious: only the reference is an operator of ours,
-because it needs the lengths on the host, where `torch.compile` cannot see them; the fast backends
-bring their own autograd and are called as they are.
+`flash_varlen` is one call over four backends: "flash-attn" (package 4, 3 or 2) and "torch" (the
+flash kernel inside torch) on a GPU, "sdpa" (torch's CPU flash kernel) on a CPU, and "reference"
+(plain torch, any device and float dtype). There is no Triton kernel of our own. The choice is made
+from device, dtype, head size and what imports, and stands in `dispatch.choices`. The decision that
+is not obvious: only "sdpa" and the reference are operators of ours, because they need the lengths
+on the host, where `torch.compile` cannot see them; the fast backends of a GPU bring their own
+autograd and are called as they are.
 
 Shapes: B sequences, T query rows and U key rows of all sequences, Lq and Lk those of one, Hq query
 heads, Hkv key-value heads, R = Hq / Hkv, D head size.
@@ -24,9 +25,14 @@ from fastomni_kernels import dispatch
 from fastomni_kernels.checks import check_float, check_heads, check_shape, require
 from fastomni_kernels.varlen_backends import attempt, flash_attn, head_class, torch_varlen
 from fastomni_kernels.varlen_reference import reference_operator
+from fastomni_kernels.varlen_sdpa import sdpa_operator
 
-BACKENDS = ("auto", "flash-attn", "torch", "reference")
+BACKENDS = ("auto", "flash-attn", "torch", "sdpa", "reference")
 _NAME = "flash_varlen"
+
+# What "auto" tries, in this order, and the reason it gives.
+_ON_CPU = (("sdpa",), "the tensors are on cpu")
+_ON_GPU = (("flash-attn", "torch"), "can run here (backends were not timed on a GPU)")
 
 _logger = logging.getLogger("fastomni_kernels")
 
@@ -58,12 +64,13 @@ def flash_varlen(
         max_seqlen_k: longest key sequence, rows.
         causal: whether a query sees no later key.
         scale: factor of the scores, D ** -0.5 by default.
-        backend: "auto" takes the first that can run of flash-attn (newest release), torch,
-            reference; under `torch.compile` torch comes before flash-attn. FASTOMNI_KERNELS=
-            reference forces the reference; its value `triton` means nothing here.
+        backend: "auto" takes sdpa on a CPU; elsewhere the first that can run of flash-attn (newest
+            release), torch, reference, and under `torch.compile` torch before flash-attn.
+            FASTOMNI_KERNELS=reference forces the reference; its value `triton` means nothing here.
 
     Returns:
-        [T, Hq, D] in q's dtype; differentiable once in q, k and v.
+        [T, Hq, D] in q's dtype; differentiable once in q, k and v. On a CPU half precision is
+        computed in fp32.
 
     Raises:
         ValueError: shapes, dtypes, devices or offsets that do not fit, an unknown backend, or one
@@ -73,11 +80,13 @@ def flash_varlen(
         _check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale)
     compiling = torch.compiler.is_compiling()
     chosen = _choose(backend, q.device, q.dtype, head_class(q.shape[2]), compiling)
-    if q.shape[0] == 0 or k.shape[0] == 0:
-        chosen = "reference"  # flash kernels need not accept a launch over nothing
     factor = q.shape[2] ** -0.5 if scale is None else float(scale)
     sequences = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    if chosen == "reference":
+    if chosen == "sdpa":
+        out: Tensor = sdpa_operator(q, k, v, *sequences, causal, factor)[0]
+        return out
+    # Flash kernels of a GPU need not accept a launch over nothing.
+    if chosen == "reference" or q.shape[0] == 0 or k.shape[0] == 0:
         return reference_operator(q, k, v, *sequences, causal, factor)
     if chosen == "torch":
         return torch_varlen(q, k, v, sequences, causal, factor)
@@ -131,7 +140,7 @@ def explain(
     head_size: int,
     compiling: bool = False,
 ) -> tuple[str, str]:
-    """Return the backend that would run ("flash-attn 2", "torch", "reference"), and the reason.
+    """Return the backend that would run ("flash-attn 2", "torch", "sdpa", "reference"), and why.
 
     Raises:
         ValueError: an unknown backend, or one that cannot run here.
@@ -171,13 +180,14 @@ def _decide(
         return "reference", "asked for by the argument backend"
     if requested == "auto" and environment == "reference":
         return "reference", f"asked for by {origin}"
-    wishes = ["flash-attn", "torch"] if requested == "auto" else [requested]
+    order, reason = _ON_CPU if device.type == "cpu" else _ON_GPU
+    if requested != "auto":
+        order, reason = (requested,), "asked for by the argument backend"
     obstacles: list[str] = []
-    for wish in reversed(wishes) if compiling else wishes:
+    for wish in reversed(order) if compiling else order:
         backend, obstacle = attempt(wish, device, dtype, size_class)
         if backend:
-            first = "asked for by the argument backend" if requested != "auto" else "can run here"
-            return backend, "; ".join([first, *obstacles])
+            return backend, "; ".join([reason, *obstacles])
         obstacles.append(f"{wish}: {obstacle}")
     require(requested == "auto", f"{_NAME}: backend {requested!r} cannot run, because {obstacle}")
     # One sentence where both stumble over the same thing.

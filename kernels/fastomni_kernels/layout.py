@@ -60,6 +60,19 @@ class GroupLayout:
     completion_lengths: tuple[tuple[int, ...], ...]
     device: torch.device
 
+    def __post_init__(self) -> None:
+        # Not lazily: torch.compile would see it made of this layout's numbers, and compile again
+        # for those of the next one.
+        counts = map(len, self.completion_lengths)
+        numbers = [self.num_prompts, *self.prompt_lengths, *counts, *self.sequence_lengths]
+        object.__setattr__(self, "_lengths", torch.tensor(numbers, device="cpu"))
+
+    @property
+    def lengths(self) -> Tensor:
+        """[1 + 2N + S] int64 on the CPU: N, then all P_i, completions of each prompt, all C_s."""
+        # Not a field: FSDP copies a dataclass among arguments out of its fields.
+        return self.__dict__["_lengths"]
+
     @classmethod
     def build(
         cls,

@@ -12,12 +12,13 @@ from fastomni_kernels.options import LossOptions
 from fastomni_kernels.policy_loss import grpo_loss, kl_penalty
 from fastomni_kernels.prefix_attention import prefix_attention
 from fastomni_kernels.prefix_decode import prefix_decode
-from fastomni_kernels.sampling import sample
+from fastomni_kernels.sampling import Sample, sample
 
 __all__ = [
     "GroupAdvantages",
     "LinearLoss",
     "LossOptions",
+    "Sample",
     "flash_varlen",
     "gather_logprobs",
     "group_advantages",

@@ -10,8 +10,8 @@ prompt tokens, H hidden, V vocabulary, Hq query heads, Hkv key-value heads, D he
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import groupby, pairwise
+from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -108,90 +108,62 @@ def flash_varlen(
     return torch.cat([widened(q[:0]), *outputs]).to(q.dtype)
 
 
-def _prompt_blocks(
-    packed: Tensor, prompt_lengths: Sequence[int]
-) -> Iterator[tuple[tuple[int | slice, int | slice], Tensor]]:
-    """Cut [sum P, Hkv, D] into few batches of views: ((heads, prompts) index, [batch, P, D])."""
-    key_heads = packed.shape[1]
-    first_token = first_prompt = 0
-    for length, run in groupby(prompt_lengths):
-        prompts = len(list(run))
-        tokens = packed[first_token : first_token + prompts * length]
-        tokens = tokens.view(prompts, length, key_heads, -1)
-        stop = first_prompt + prompts
-        if prompts > key_heads:
-            for head in range(key_heads):
-                yield (head, slice(first_prompt, stop)), tokens[:, :, head]
-        else:
-            for i in range(prompts):
-                yield (slice(None), first_prompt + i), tokens[i].transpose(0, 1)
-        first_token += prompts * length
-        first_prompt = stop
-
-
 def prefix_decode(
     q: Tensor,
     prefix_k: Tensor,
     prefix_v: Tensor,
-    prompt_lengths: Sequence[int],
+    prefix_offsets: Tensor,
     suffix_k: Tensor,
     suffix_v: Tensor,
-    suffix_length: int | Tensor,
-    generations: int,
+    suffix_lengths: Tensor,
+    prompt_of: Tensor,
+    *,
+    new_k: Tensor | None = None,
+    new_v: Tensor | None = None,
+    rotation: tuple[Tensor, Tensor] | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """One decode step: every sequence attends to its prompt's keys and to its own.
-
-    The G x R query rows that read one key head of a prompt are one matrix product over views, so
-    the prompt's keys are neither copied nor read G times. Prompts of equal length that lie one
-    after another share that product as a batch.
-
-    Args:
-        q: [S, Hq, D] queries of the newest tokens, S = N * generations, prompt by prompt.
-        prefix_k: [sum P, Hkv, D] keys of all prompts.
-        prefix_v: [sum P, Hkv, D] values of all prompts.
-        prompt_lengths: N host ints P_i.
-        suffix_k: [S, C_max, Hkv, D] keys of the sequences' own tokens, the newest included.
-        suffix_v: [S, C_max, Hkv, D] values of the sequences' own tokens.
-        suffix_length: valid suffix keys, one host int for all sequences or a tensor [S].
-        generations: G, sequences per prompt.
-        scale: factor of the scores, D ** -0.5 by default.
+    """One decode step, sequence by sequence; see `prefix_decode.prefix_decode` for the arguments.
 
     Returns:
-        [S, Hq, D] in q's dtype.
+        [S, Hq, D] in q's dtype; zeros for sequences that are not in use or see no key. With `new_k`
+        and `new_v` the caches are changed in place.
     """
-    sequences, query_heads, head_size = q.shape
-    key_heads = prefix_k.shape[1]
-    per_key_head = query_heads // key_heads
-    prompts, rows = len(prompt_lengths), generations * per_key_head
-    scale = head_size**-0.5 if scale is None else scale
-    own = suffix_length if isinstance(suffix_length, int) else suffix_k.shape[1]
-    own_k, own_v = widened(suffix_k[:, :own]), widened(suffix_v[:, :own])
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    per_key_head = q.shape[1] // prefix_k.shape[1]
+    offsets, places = prefix_offsets.tolist(), suffix_k.shape[1]
+    if rotation is not None:
+        q = rotated(q, rotation)
+        new_k = None if new_k is None else rotated(new_k, rotation)
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    for s, (prompt, length) in enumerate(
+        zip(prompt_of.tolist(), suffix_lengths.tolist(), strict=True)
+    ):
+        if not 0 <= prompt < len(offsets) - 1:
+            continue
+        if new_k is not None and new_v is not None and 1 <= length <= places:
+            suffix_k[s, length - 1], suffix_v[s, length - 1] = new_k[s], new_v[s]
+        shared, own = slice(offsets[prompt], offsets[prompt + 1]), slice(0, max(0, length))
+        key, value = (
+            widened(torch.cat((prefix[shared], suffix[s, own]))).repeat_interleave(per_key_head, 1)
+            for prefix, suffix in ((prefix_k, suffix_k), (prefix_v, suffix_v))
+        )
+        weights = (scale * torch.einsum("hd,khd->hk", widened(q[s]), key)).softmax(-1)
+        out[s] = torch.einsum("hk,khd->hd", weights, value)
+    return out
 
-    query = (widened(q) * scale).view(sequences, key_heads, per_key_head, head_size)
-    query = query.transpose(0, 1).contiguous()
-    prompt_query = query.view(key_heads, prompts, rows, head_size)
-    # Columns of the joint softmax: own keys, then the prompt's, then -inf up to the longest prompt.
-    scores = query.new_full((key_heads, prompts, rows, own + max(prompt_lengths)), -torch.inf)
-    own_scores = scores.view(key_heads, sequences, per_key_head, -1)[..., :own]
-    for head in range(key_heads):
-        own_scores[head] = torch.bmm(query[head], own_k[:, :, head].transpose(1, 2))
-    if isinstance(suffix_length, Tensor):
-        ended = torch.arange(own, device=q.device) >= suffix_length.to(q.device)[:, None]
-        own_scores.masked_fill_(ended[:, None], -torch.inf)
-    for index, key in _prompt_blocks(widened(prefix_k), prompt_lengths):
-        product = torch.bmm(prompt_query[index], key.transpose(1, 2))
-        scores[index][..., own : own + key.shape[1]] = product
 
-    weights = scores.softmax(-1)
-    own_weights = weights.view(key_heads, sequences, per_key_head, -1)[..., :own]
-    out = torch.empty_like(query)
-    for head in range(key_heads):
-        torch.bmm(own_weights[head], own_v[:, :, head], out=out[head])
-    prompt_out = out.view(key_heads, prompts, rows, head_size)
-    for index, value in _prompt_blocks(widened(prefix_v), prompt_lengths):
-        prompt_out[index].baddbmm_(weights[index][..., own : own + value.shape[1]], value)
-    return out.transpose(0, 1).reshape(q.shape).to(q.dtype)
+def rotated(heads: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Heads [S, n, D] rotated by position, rounded once; the first half of D pairs with the second.
+
+    Args:
+        heads: queries or keys.
+        rotation: cosines and signed sines (those of the first half negated), each [S, 1, D].
+    """
+    wide = widened(heads)
+    cosines, sines = (x.to(wide.dtype) for x in rotation)
+    turned = wide * cosines + wide.roll(heads.shape[-1] // 2, dims=-1) * sines
+    return turned.to(heads.dtype)
 
 
 def gather_logprobs(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -68,7 +68,11 @@ def head_class(head_size: int) -> int:
 def attempt(
     wish: str, device: torch.device, dtype: torch.dtype, size_class: int
 ) -> tuple[str, str]:
-    """Return the backend for "flash-attn" or "torch" and "", or "" and what is in its way."""
+    """Return the backend that a wish comes to and "", or "" and what is in its way."""
+    if wish == "sdpa":
+        if device.type == "cpu":
+            return "sdpa", ""
+        return "", f"the tensors are on {device.type}; it is torch's CPU flash kernel"
     if device.type != "cuda":
         return "", f"the tensors are on {device.type}"
     if dtype not in HALF:

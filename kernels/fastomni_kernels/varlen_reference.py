@@ -23,7 +23,7 @@ from fastomni_kernels.chunked_logprobs import widened
 from fastomni_kernels.library import define
 
 
-def _offsets(name: str, cu_seqlens: Tensor, rows: int, largest: int) -> list[int]:
+def host_offsets(name: str, cu_seqlens: Tensor, rows: int, largest: int) -> list[int]:
     """Return the offsets as host integers, or refuse those that do not describe `rows` rows."""
     offsets = cu_seqlens.tolist()
     require(
@@ -57,8 +57,8 @@ def _sequences(
 
     Queries that see no key are left out of their rows, so no softmax is over nothing.
     """
-    starts_q = _offsets("q", cu_seqlens_q, q.shape[0], max_seqlen_q)
-    starts_k = _offsets("k", cu_seqlens_k, k.shape[0], max_seqlen_k)
+    starts_q = host_offsets("q", cu_seqlens_q, q.shape[0], max_seqlen_q)
+    starts_k = host_offsets("k", cu_seqlens_k, k.shape[0], max_seqlen_k)
     for i in range(len(starts_q) - 1):
         first, last = starts_q[i : i + 2]
         keys = slice(starts_k[i], starts_k[i + 1])
@@ -147,20 +147,21 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return *grads, *[None] * 6
 
 
-_ARGUMENTS = (
+# Of both operators of ours, as torch's schema language has them.
+ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
     "SymInt max_seqlen_q, SymInt max_seqlen_k, bool causal, float scale"
 )
 
 _backward_operator = define(
-    f"flash_varlen_backward(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
+    f"flash_varlen_backward(Tensor grad, {ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
     _backward,
     lambda grad, q, k, v, *rest: tuple(x.new_empty(x.shape) for x in (q, k, v)),
 )
 
 # Without the argument `backend` of other operators: it is the reference.
 reference_operator = define(
-    f"flash_varlen({_ARGUMENTS}) -> Tensor",
+    f"flash_varlen({ARGUMENTS}) -> Tensor",
     _forward,
     lambda q, *rest: q.new_empty(q.shape),
     setup_context=_setup_context,

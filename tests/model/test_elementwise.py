@@ -19,7 +19,7 @@ from torch import Tensor
 from fastomni.model import OmniModel, elementwise
 from fastomni.model.decoder import KeyValueCache, rotary
 from fastomni.model.elementwise import implementation, rms_norm, rotate, swiglu
-from fastomni_kernels import GroupLayout
+from fastomni_kernels import GroupLayout, prefix_decode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CUDA = torch.device("cuda")
@@ -159,6 +159,27 @@ def test_plain_torch_is_the_released_arithmetic_bit_for_bit() -> None:
 LAYOUT = ((5, 3), ((4, 2), (1, 3)))
 
 
+def test_decoding_rotates_as_training_does_bit_for_bit() -> None:
+    """In fp32 and plain torch; half types are rounded once by the decoder's operator."""
+    heads, angles = random(5, 8, 8, seed=0).cpu(), random(5, 4, seed=2).cpu()
+    rotation = (
+        torch.cat([angles.cos()] * 2, dim=-1)[:, None],
+        torch.cat((-angles.sin(), angles.sin()), dim=-1)[:, None],
+    )
+    _, keys = rotate(heads, rotation, 4)
+    offsets, lengths, prompt_of = (
+        torch.tensor(x, dtype=torch.int32) for x in ([0, 0], [1] * 5, [0] * 5)
+    )
+    caches = torch.zeros(5, 1, 4, 8), torch.zeros(5, 1, 4, 8)
+    q, new = heads.split(4, dim=1)
+    counts = (lengths, prompt_of)
+    nothing = (new[:0], new[:0], offsets)
+    options: dict[str, Any] = {"new_k": new, "new_v": new, "rotation": rotation}
+    attended = prefix_decode(q, *nothing, *caches, *counts, **options)
+    assert torch.equal(caches[0][:, 0], keys) and torch.equal(caches[1][:, 0], new)
+    assert torch.equal(attended, new)  # each sequence sees its newest token alone
+
+
 def decode(model: OmniModel) -> tuple[Tensor, list[Tensor]]:
     """Hidden states of packed groups and of one decode step, and all gradients of the former."""
     decoder = model.decoder.requires_grad_()
@@ -166,7 +187,10 @@ def decode(model: OmniModel) -> tuple[Tensor, list[Tensor]]:
     hidden = decoder(random(layout.num_rows, 16, seed=5), layout)
     parameters = [p for p in decoder.parameters() if p is not decoder.embed_tokens.weight]
     gradients = torch.autograd.grad(hidden.square().sum(), parameters)
-    cache = KeyValueCache(LAYOUT[0], 2, [], [])
+    offsets, prompt_of = (
+        torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in ([0, 5, 8], [0, 0, 1, 1])
+    )
+    cache = KeyValueCache(offsets, prompt_of, torch.zeros_like(prompt_of), [], [])
     with torch.no_grad():
         decoder(random(8, 16, seed=6), GroupLayout.build(LAYOUT[0], ((), ()), DEVICE), cache)
         cache.suffix = [

@@ -1,7 +1,7 @@
-"""TRL's trainer and ours on equal tiny models, for the tests of the drop-in.
+"""TRL's trainer and ours on equal tiny models, for the tests of the drop-in; a step of decoding.
 
-TRL is imported when a test asks for one of these, and not before. All of it runs on the CPU, where
-TRL's own scoring is plain torch.
+TRL is imported when a test asks for one of its trainers, and not before. All of that runs on the
+CPU, where TRL's own scoring is plain torch.
 """
 
 from __future__ import annotations
@@ -172,3 +172,53 @@ def process_group(tmp_path: Path) -> Iterator[None]:
     torch.distributed.init_process_group("gloo", rendezvous, rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def decode_step() -> Callable[..., tuple[list[Tensor], dict[str, Any]]]:
+    """A function that makes the arguments of `prefix_decode`; what it must not read is NaN."""
+
+    def make(
+        prompts: list[int],
+        prompt_of: list[int],
+        lengths: list[int],
+        places: int,
+        heads: tuple[int, int] = (4, 2),
+        size: int = 16,
+        dtype: torch.dtype = torch.float64,
+        append: bool = True,
+        rotate: bool = True,
+        spare: int = 3,
+    ) -> tuple[list[Tensor], dict[str, Any]]:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        generator = torch.Generator().manual_seed(len(prompt_of) + places)
+        sequences, total = len(prompt_of), sum(prompts)
+
+        def normal(*shape: int) -> Tensor:
+            values = torch.randn(shape, generator=generator, dtype=torch.float64)
+            return values.to(device, dtype)
+
+        def counts(values: list[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=device)
+
+        prefix = [normal(total + spare, heads[1], size) for _ in range(2)]
+        suffix = [normal(sequences, places, heads[1], size) for _ in range(2)]
+        for x in prefix:
+            x[total:] = torch.nan
+        for s, length in enumerate(lengths):
+            for x in suffix:
+                # The newest is still to be stored where there is a place for it.
+                x[s, max(0, length - (append and length <= places)) :] = torch.nan
+        offsets = counts([sum(prompts[:i]) for i in range(len(prompts) + 1)])
+        tensors = [normal(sequences, heads[0], size), *prefix, offsets]
+        tensors += [*suffix, counts(lengths), counts(prompt_of)]
+        options: dict[str, Any] = {}
+        if append:
+            options |= {name: normal(sequences, heads[1], size) for name in ("new_k", "new_v")}
+        if rotate:
+            angles = normal(sequences, 1, size // 2)
+            sines = torch.cat((-angles.sin(), angles.sin()), -1)
+            options["rotation"] = (torch.cat([angles.cos()] * 2, -1), sines)
+        return tensors, options
+
+    return make

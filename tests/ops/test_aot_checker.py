@@ -179,8 +179,9 @@ def test_every_kernel_of_the_library_is_listed(toys: dict[str, Any], repository:
         if "\ndef shipped(" in path.read_text(encoding="utf-8")
     }
     assert files
+    # A file may list the kernels of another, which has no list of its own.
     for target in aot.TARGETS:
-        assert set(toys["listed"][target]) == files
+        assert set(toys["listed"][target]) >= files
 
 
 def test_a_kernel_that_no_variant_compiles_is_named(toys: dict[str, Any]) -> None:

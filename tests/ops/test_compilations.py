@@ -25,13 +25,16 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402 (after the skip)
 
-from fastomni_kernels import aot  # noqa: E402
+from fastomni_kernels import GroupLayout, aot  # noqa: E402
 from fastomni_kernels.loss_definition import LossSettings  # noqa: E402
 from fastomni_kernels.triton_kernels import (  # noqa: E402
     advantages,
     gather_logprobs,
     linear_logprobs,
     policy_loss,
+    prefix_attention,
+    prefix_decode,
+    sampling,
 )
 from fastomni_kernels.triton_kernels.variants import Variant  # noqa: E402
 
@@ -173,6 +176,35 @@ def linear_call(length: int, hidden_size: int, vocabulary: int, dtype: torch.dty
     )
 
 
+def attention_call(length: int, dtype: torch.dtype) -> None:
+    """All launches on two completions of a prompt of `length` tokens, with the 0.5B model's heads.
+
+    The second completion is so long that even one prompt token has its queries in several pieces.
+    """
+    layout = GroupLayout.build([length], [[length // 2 + 1, 600]])
+    q, k, v = (torch.empty(layout.num_rows, heads, 64, dtype=dtype) for heads in (14, 2, 2))
+    out, lse = prefix_attention.forward(q, k, v, layout, 0.125)
+    prefix_attention.backward(out, q, k, v, out, lse, layout, 0.125)
+
+
+def sample_call(length: int, vocabulary: int, dtype: torch.dtype, *rules: Any) -> None:
+    """All launches on [S, V] logits."""
+    seeds = torch.empty(length).long()
+    logits = torch.empty(length, vocabulary, dtype=dtype)
+    sampling.forward(logits, seeds, seeds, 0.9, *rules, True)
+
+
+def decode_call(sequences: int, places: int, rows: int, dtype: torch.dtype) -> None:
+    """Both launches with the heads of the 0.5B model, appending and rotating."""
+    q, angles = (torch.empty(sequences, n, 64, dtype=dtype) for n in (14, 1))
+    new = torch.empty(sequences, 2, 64, dtype=dtype)
+    prefix = torch.empty(rows, 2, 64, dtype=dtype)
+    suffix = torch.empty(sequences, places, 2, 64, dtype=dtype)
+    offsets, counts = (torch.empty(n, dtype=torch.int32) for n in (rows + 1, sequences))
+    caches = (prefix, prefix, offsets, suffix, suffix, counts, counts)
+    prefix_decode.forward(q, *caches, new, new, angles, angles, 0.125)
+
+
 def calls_of_all_launchers(
     hidden: int, vocabulary: int, dtype: torch.dtype
 ) -> dict[str, Callable[[int], None]]:
@@ -186,6 +218,12 @@ def calls_of_all_launchers(
         "policy_loss, more sequences": lambda n: loss_call(2 * n, n, loss_settings(n, **masked)),
         "gather_logprobs": lambda n: gather_call(n, vocabulary, dtype),
         "linear_logprobs": lambda n: linear_call(n, hidden, vocabulary, dtype),
+        "prefix_attention": lambda n: attention_call(n, dtype),
+        "prefix_decode, more sequences": lambda n: decode_call(n, 64, n, dtype),
+        "prefix_decode, more places": lambda n: decode_call(8, n, 64, dtype),
+        "sample": lambda n: sample_call(n, vocabulary, dtype, 0, 1.0, 0.0),
+        "sample, top-k and top-p": lambda n: sample_call(n, vocabulary, dtype, 50, 0.9, 0.0),
+        "sample, min-p": lambda n: sample_call(n, vocabulary, dtype, 0, 1.0, 0.1),
     }
 
 

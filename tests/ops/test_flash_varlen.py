@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.bias import causal_lower_right
@@ -15,8 +17,12 @@ from torch.nn.attention.bias import causal_lower_right
 from fastomni_kernels import reference
 from fastomni_kernels.flash_varlen import explain, flash_varlen
 from fastomni_kernels.varlen_reference import reference_operator
+from fastomni_kernels.varlen_sdpa import sdpa_operator
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Those that are operators of ours and run here.
+BACKENDS = ("reference", "sdpa") if DEVICE == "cpu" else ("reference",)
+OPERATORS = {"reference": reference_operator, "sdpa": sdpa_operator}
 
 # Longer and shorter than their keys, one row, no query, no key, neither.
 QUERIES = (3, 0, 5, 1, 7, 2, 0)
@@ -70,25 +76,108 @@ def by_rows(
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("causal", [False, True])
-def test_values_and_gradients_are_those_of_softmax_attention(
-    causal: bool, dtype: torch.dtype, poisoned_memory: None
-) -> None:
-    arguments = packed(dtype=dtype)
+def assert_is_softmax_attention(arguments: tuple[Any, ...], causal: bool, backend: str) -> None:
+    """Output and gradients of a call are those of `by_rows`."""
     q, k, v, cu_q, cu_k = arguments[:5]
-    out = flash_varlen(*arguments, causal=causal, scale=0.3, backend="reference")
-    assert out.dtype == dtype
+    out = flash_varlen(*arguments, causal=causal, scale=0.3, backend=backend)
+    assert out.dtype == q.dtype
     wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
     wanted = by_rows(*wide, cu_q, cu_k, causal, 0.3)
-    torch.testing.assert_close(out.double(), wanted, rtol=0, atol=TOLERANCE[dtype])
-    direction = torch.randn_like(wanted)
-    gradients = torch.autograd.grad(out, (q, k, v), direction.to(dtype))
-    for found, expected in zip(
-        gradients, torch.autograd.grad(wanted, wide, direction), strict=True
+    tolerance = TOLERANCE[q.dtype]
+    torch.testing.assert_close(out.double(), wanted, rtol=0, atol=tolerance)
+    direction = torch.randn_like(wanted).to(q.dtype)
+    found = torch.autograd.grad(out, (q, k, v), direction)
+    for x, expected in zip(
+        found, torch.autograd.grad(wanted, wide, direction.double()), strict=True
     ):
-        assert found.dtype == dtype
-        torch.testing.assert_close(found.double(), expected, rtol=0, atol=5 * TOLERANCE[dtype])
+        assert x.dtype == q.dtype and x.is_contiguous()
+        torch.testing.assert_close(x.double(), expected, rtol=0, atol=5 * tolerance)
+
+
+# Lengths of queries and keys: of all kinds; equal ones in a row, square, cut off and cut short;
+# with nothing between them, or keys that nobody asks for.
+LAYOUTS = {
+    "mixed": (QUERIES, KEYS),
+    "equal": ((4, 4, 4), (4, 4, 4)),
+    "alone": ((6,), (6,)),
+    "longer keys": ((3, 3), (5, 5)),
+    "longer queries": ((5, 5, 5), (3, 3, 3)),
+    "gaps": ((4, 0, 4, 0, 4), (4, 0, 4, 2, 4)),
+    "unasked": ((4, 4, 0), (4, 4, 3)),
+    "decoding": ((1, 1, 1), (7, 2, 7)),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("heads", [(6, 2), (3, 3), (4, 1)], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_values_and_gradients_are_those_of_softmax_attention(
+    causal: bool, layout: str, heads: tuple[int, int], backend: str, poisoned_memory: None
+) -> None:
+    arguments = packed(*LAYOUTS[layout], heads=heads, dtype=torch.float64)
+    assert_is_softmax_attention(arguments, causal, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_every_float_type(
+    causal: bool, dtype: torch.dtype, backend: str, poisoned_memory: None
+) -> None:
+    assert_is_softmax_attention(packed(dtype=dtype), causal, backend)
+    assert_is_softmax_attention(packed(*LAYOUTS["equal"], dtype=dtype), causal, backend)
+    assert_is_softmax_attention(packed(*LAYOUTS["equal"], (2, 2), dtype=dtype), causal, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_any_layout(data: st.DataObject, backend: str) -> None:
+    draw = data.draw
+    length = st.integers(0, 6)
+    sequence = st.tuples(length, length) | length.map(lambda n: (n, n))
+    runs = draw(st.lists(st.tuples(sequence, st.integers(1, 3)), min_size=1, max_size=4))
+    pairs = [pair for pair, count in runs for _ in range(count)]
+    queries, keys = (tuple(lengths) for lengths in zip(*pairs, strict=True))
+    if not sum(queries) or not sum(keys):
+        return  # see test_nothing_to_attend_gives_zeros_and_zero_gradients
+    key_heads = draw(st.integers(1, 3))
+    heads = (key_heads * draw(st.integers(1, 3)), key_heads)
+    size = draw(st.sampled_from([1, 3, 8, 20]))
+    dtype = draw(st.sampled_from([torch.float64, torch.float32]))
+    arguments = packed(queries, keys, heads, size, dtype, draw(st.integers(0, 99)))
+    assert_is_softmax_attention(arguments, draw(st.booleans()), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("heads", [(6, 6), (6, 2)], ids=str)
+def test_parts_of_one_fused_product(heads: tuple[int, int], backend: str) -> None:
+    lengths = [5, 5, 3]
+    fused = torch.randn(13, heads[0] + 2 * heads[1], 8, device=DEVICE).requires_grad_()
+    cu = offsets(tuple(lengths))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return flash_varlen(q, k, v, cu, cu, 5, 5, causal=True, backend=backend)
+
+    parts = fused.split([heads[0], heads[1], heads[1]], 1)
+    assert not any(x.is_contiguous() for x in parts)
+    out, wanted = attend(*parts), attend(*(x.contiguous() for x in parts))
+    torch.testing.assert_close(out, wanted, rtol=0, atol=1e-6)
+    found, expected = (torch.autograd.grad(x.square().sum(), fused)[0] for x in (out, wanted))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_gradient_that_is_the_same_for_all_rows(backend: str) -> None:
+    """What a mean over rows sends back has no stride from row to row."""
+    q, k, v, *rest = packed()
+    weights = torch.randn(6, 8, device=DEVICE)
+    out = flash_varlen(q, k, v, *rest, causal=True, backend=backend)
+    found = torch.autograd.grad((out.mean(0) * weights).sum(), (q, k, v), retain_graph=True)
+    wanted = torch.autograd.grad(out, (q, k, v), (weights / len(q)).repeat(len(q), 1, 1))
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -103,13 +192,16 @@ def test_the_definition_is_softmax_attention_too(causal: bool) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("queries", "keys"), [(4, 4), (2, 7), (1, 5)])
-def test_the_causal_mask_is_the_lower_right_one_of_torch(queries: int, keys: int) -> None:
+def test_the_causal_mask_is_the_lower_right_one_of_torch(
+    queries: int, keys: int, backend: str
+) -> None:
     q, k, v, *rest = packed((queries,), (keys,), heads=(2, 2))
     mask = causal_lower_right(queries, keys)
     batch = (x[None].transpose(1, 2) for x in (q, k, v))
     wanted = F.scaled_dot_product_attention(*batch, attn_mask=mask)[0].transpose(0, 1)
-    found = flash_varlen(q, k, v, *rest, causal=True, backend="reference")
+    found = flash_varlen(q, k, v, *rest, causal=True, backend=backend)
     torch.testing.assert_close(found, wanted, rtol=0, atol=2e-6)
 
 
@@ -123,25 +215,41 @@ def test_sequences_do_not_see_one_another() -> None:
     assert not torch.allclose(before[2:], after[2:])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("causal", [False, True])
-def test_gradcheck(causal: bool) -> None:
-    q, k, v, *rest = packed((3, 0, 2), (1, 2, 4), heads=(4, 2), dtype=torch.float64)
+def test_gradcheck(causal: bool, backend: str) -> None:
+    q, k, v, *rest = packed((3, 0, 2, 2), (1, 2, 4, 4), heads=(4, 2), dtype=torch.float64)
     assert torch.autograd.gradcheck(
-        lambda q, k, v: flash_varlen(q, k, v, *rest, causal=causal, backend="reference"), (q, k, v)
+        lambda q, k, v: flash_varlen(q, k, v, *rest, causal=causal, backend=backend), (q, k, v)
     )
 
 
-def test_opcheck() -> None:
-    torch.library.opcheck(reference_operator, (*packed(), True, 0.3))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend: str) -> None:
+    operator = OPERATORS[backend]
+    torch.library.opcheck(operator, (*packed(), True, 0.3))
+    for heads in ((6, 2), (3, 3)):
+        arguments = packed(*LAYOUTS["equal"], heads=heads, dtype=torch.bfloat16)
+        torch.library.opcheck(operator, (*arguments, False, 0.3))
 
 
-def test_compiled_without_a_break_for_any_lengths_and_sizes() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_there_is_no_second_derivative(backend: str) -> None:
+    q, k, v, *rest = packed()
+    out = flash_varlen(q, k, v, *rest, backend=backend)
+    with pytest.raises(RuntimeError, match="its gradient has no gradient; leave create_graph off"):
+        torch.autograd.grad(out.sum(), q, create_graph=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_without_a_break_for_any_lengths_and_sizes(backend: str) -> None:
+    torch.compiler.reset()
     compiled = torch.compile(flash_varlen, fullgraph=True, backend="aot_eager")
     for queries, keys, size in (((3, 5), (3, 5), 8), ((6, 1), (2, 9), 12), ((2,), (2,), 16)):
         arguments = packed(queries, keys, head_size=size)
-        out = compiled(*arguments, causal=True, backend="reference")
+        out = compiled(*arguments, causal=True, backend=backend)
         gradients = torch.autograd.grad(out.square().sum(), arguments[:3])
-        wanted = flash_varlen(*arguments, causal=True, backend="reference")
+        wanted = flash_varlen(*arguments, causal=True, backend=backend)
         assert torch.equal(out, wanted)
         for a, b in zip(
             gradients, torch.autograd.grad(wanted.square().sum(), arguments[:3]), strict=True
@@ -150,6 +258,7 @@ def test_compiled_without_a_break_for_any_lengths_and_sizes() -> None:
 
 
 def test_torch_s_own_attention_is_traced_without_a_break(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.compiler.reset()
     monkeypatch.delenv("FASTOMNI_KERNELS", raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
@@ -161,26 +270,33 @@ def test_torch_s_own_attention_is_traced_without_a_break(monkeypatch: pytest.Mon
     assert out.shape == q.shape and out.device.type == "cuda"
 
 
-def test_views_are_read_as_they_are() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_views_are_read_as_they_are(backend: str) -> None:
     q, k, v, *rest = packed()
     wide = torch.randn(q.shape[0], q.shape[1], 2 * q.shape[2], device=DEVICE)
     wide[..., ::2] = q.detach()
     flipped = k.detach().transpose(0, 2).contiguous().transpose(0, 2)
     assert not flipped.is_contiguous()
-    found = flash_varlen(wide[..., ::2], flipped, v, *rest)
-    torch.testing.assert_close(found, flash_varlen(q, k, v, *rest), rtol=0, atol=1e-6)
+    found = flash_varlen(wide[..., ::2], flipped, v, *rest, backend=backend)
+    wanted = flash_varlen(q, k, v, *rest, backend=backend)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("queries", "keys"), [((0,), (0,)), ((), ()), ((0, 3), (0, 0))])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("queries", "keys"),
+    [((0,), (0,)), ((), ()), ((0, 3), (0, 0)), ((0, 0), (2, 0)), ((0, 3), (2, 0))],
+)
 def test_nothing_to_attend_gives_zeros_and_zero_gradients(
-    queries: tuple[int, ...], keys: tuple[int, ...], poisoned_memory: None
+    queries: tuple[int, ...], keys: tuple[int, ...], backend: str, poisoned_memory: None
 ) -> None:
     q, k, v = packed((*queries, 0), (*keys, 0))[:3]
     rest = (offsets(queries), offsets(keys), max(queries, default=0), max(keys, default=0))
-    out = flash_varlen(q, k, v, *rest)
+    out = flash_varlen(q, k, v, *rest, backend=backend)
     assert out.shape == q.shape and not out.any()
     out.sum().backward()
-    assert q.grad is not None and not q.grad.any()
+    for x in (q, k, v):
+        assert x.grad is not None and x.grad.shape == x.shape and not x.grad.any()
 
 
 @pytest.mark.parametrize(

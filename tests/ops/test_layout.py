@@ -114,6 +114,15 @@ def test_a_small_batch_written_out_by_hand() -> None:
     assert layout.repeat_rows.tolist() == [0, 1, 2, 3, 0, 1, 0, 1, 4, 5, 6]
 
 
+def test_all_lengths_are_one_tensor_on_the_cpu() -> None:
+    with torch.device("meta"):  # whatever else is made here
+        layout = GroupLayout.build([2, 1, 7], [[2, 0, 1], [1], []], "meta")
+    assert layout.lengths.tolist() == [3, 2, 1, 7, 3, 1, 0, 2, 0, 1, 1]
+    assert layout.lengths.dtype == torch.int64
+    assert layout.select_prompts(1, 3).lengths.tolist() == [2, 1, 7, 1, 0, 1]
+    assert "tensor" not in repr(layout)
+
+
 @given(groups_strategy)
 @settings(max_examples=50, deadline=None)
 def test_repeated_gives_each_completion_its_own_prompt(groups: Groups) -> None:

@@ -10,8 +10,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastomni_kernels import GroupLayout, prefix_attention, prefix_decode, reference
+from fastomni_kernels import GroupLayout, dense_attention, prefix_attention, reference
 from fastomni_kernels.dense_attention import _plan
+from fastomni_kernels.dense_backward import _Gathered
 from fastomni_kernels.prefix_attention import causal_attention, shares_prompts
 
 Groups = list[tuple[int, list[int]]]
@@ -122,6 +123,75 @@ def test_blocks_of_the_flash_kernel_are_crossed() -> None:
     assert_equal_with_gradients([(600, [90, 33, 200])], (2, 1), torch.float64, (1e-10, 1e-10))
 
 
+@pytest.mark.parametrize(
+    ("groups", "heads"),
+    [
+        ([(384, [3, 2])], (2, 1)),  # two whole blocks
+        ([(385, [1, 40, 0]), (9, [2, 2]), (401, [7]), (390, [])], (3, 1)),
+        ([(770, [5, 6])], (6, 2)),  # three blocks, the last one not full
+        ([(386, [4, 4]), (386, [4, 4]), (386, [4, 4])], (5, 5)),
+    ],
+)
+def test_long_prompts_have_a_backward_of_their_own(groups: Groups, heads: tuple[int, int]) -> None:
+    assert_equal_with_gradients(groups, heads, torch.float64, (1e-10, 1e-10))
+
+
+def test_rows_that_fill_up_blocks_meet_no_infinity() -> None:
+    """Scores far below zero, where a key of zeros would have the weight exp(900)."""
+    layout = build([(389, [3, 2])])
+    q, k, v = (x.detach() for x in random_inputs(layout, (5, 1), torch.float32))
+    inputs = tuple(x.requires_grad_() for x in (q + 16, k - 20, v))
+    wide = tuple(x.detach().double().requires_grad_() for x in inputs)
+    upstream = torch.randn(q.shape, generator=torch.Generator().manual_seed(1))
+    actual = torch.autograd.grad(prefix_attention(*inputs, layout), inputs, upstream)
+    expected = reference.prefix_attention(*wide, layout)
+    wanted = torch.autograd.grad(expected, wide, upstream.double())
+    for got, want in zip(actual, wanted, strict=True):
+        assert (got - want).abs().max() < 1e-3 * want.abs().max()
+
+
+def test_gradients_of_a_long_group_do_not_depend_on_its_neighbours() -> None:
+    layout, alone = build([(400, [9, 4]), (385, [3, 3])]), build([(400, [9, 4])])
+    q, k, v = random_inputs(layout, (4, 2), torch.float32)
+    upstream = torch.randn(q.shape, generator=torch.Generator().manual_seed(1))
+    results = []
+    for some in (layout, alone):
+        rows = some.num_rows
+        out = prefix_attention(q[:rows], k[:rows], v[:rows], some)
+        grads = torch.autograd.grad(out, (q, k, v), upstream[:rows])
+        results.append([grad[: alone.num_rows] for grad in grads])
+    assert all(map(torch.equal, *results))
+
+
+def test_gradients_of_a_long_prompt_do_not_depend_on_the_number_of_cores() -> None:
+    layout = build([(400, [9])])
+    q, k, v = (x.detach() for x in random_inputs(layout, (4, 2), torch.float32))
+    out, lse = dense_attention.forward(q, k, v, layout, 0.3)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            arguments = (q.flip(0), q, k, v, out, lse, layout, 0.3)
+            results.append(dense_attention.backward(*arguments))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("heads", [(14, 2), (1, 1), (12, 4), (5, 5), (16, 16)])
+@pytest.mark.parametrize("prompt", [384, 976, 977, 5000])
+def test_tasks_are_even_and_little_is_added(heads: tuple[int, int], prompt: int) -> None:
+    shared = heads[0] // heads[1]
+    group = _Gathered(prompt, prompt + 512, heads[1], shared)
+    for tasks in {group.most_tasks, max(group.most_tasks // 2, 1)}:
+        assert tasks * heads[1] % 8 == 0  # on 1, 2, 4 or 8 cores nobody waits
+        assert shared * group.block_rows % tasks == group.end % tasks == 0
+    assert group.blocks * group.block_rows >= prompt
+    real = shared * (prompt + 512)
+    assert real <= group.end < 1.07 * real
+
+
 def test_padding_and_calls_stay_few() -> None:
     """What makes it fast, and no result shows: few calls for equal groups, little padding."""
     equal = _plan(build([(9, [7] * 4)] * 16))
@@ -189,62 +259,19 @@ def test_rows_that_share_nothing_are_causal_sequences(monkeypatch: pytest.Monkey
     torch.testing.assert_close(grads, wanted, rtol=0, atol=1e-12)
 
     # What a device other than the CPU does, with meta tensors for its tensors.
+    monkeypatch.delenv("FASTOMNI_KERNELS", raising=False)
     module = sys.modules["fastomni_kernels.prefix_attention"]
-    seen: list[str] = []
-    monkeypatch.setattr(module, "flash_varlen", lambda q, *_, **__: seen.append("varlen") or q)
-    monkeypatch.setattr(reference, "prefix_attention", lambda q, *_: seen.append("groups") or q)
+    lengths: list[int] = []
+
+    def varlen(q: Tensor, *_: object, **__: object) -> Tensor:
+        lengths.append(len(q))
+        return q
+
+    monkeypatch.setattr(module, "flash_varlen", varlen)
     for layout in (alone, shared):
-        prefix_attention(
-            *(x.to("meta") for x in random_inputs(layout, (6, 2), torch.float32)), layout
-        )
-    assert seen == ["varlen", "groups"]
-
-
-@pytest.mark.parametrize("prompt_lengths", [(5, 5, 5), (5, 5, 3), (1, 4, 2)])
-@pytest.mark.parametrize("heads", [(4, 2), (3, 3), (3, 1)])
-@pytest.mark.parametrize("suffix", [1, 4])
-def test_decode_is_the_last_row_of_attention(
-    prompt_lengths: tuple[int, ...], heads: tuple[int, int], suffix: int
-) -> None:
-    generations = 2
-    layout = GroupLayout.build(prompt_lengths, [[suffix] * generations] * len(prompt_lengths))
-    q, k, v = (x.detach() for x in random_inputs(layout, heads, torch.float64))
-    last = torch.tensor(layout.sequence_rows) + suffix - 1
-    expected = reference.prefix_attention(q, k, v, layout)[last]
-    prompt_k, prompt_v = k[layout.prompt_rows], v[layout.prompt_rows]
-    # Places after the valid ones hold what an earlier rollout left there.
-    own_k, own_v = (
-        torch.cat([layout.pad_completions(x[layout.completion_rows], 0.0)] * 2, 1) for x in (k, v)
-    )
-    arguments = (q[last], prompt_k, prompt_v, prompt_lengths, own_k, own_v)
-    for length in (suffix, torch.full((layout.num_sequences,), suffix)):
-        actual = prefix_decode(*arguments, length, generations)
-        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
-
-
-def test_decode_with_ragged_suffixes_including_none() -> None:
-    lengths = [[0, 3], [2, 1]]
-    prompts = (4, 6)
-    layout = GroupLayout.build(prompts, lengths)
-    _, k, v = (x.detach() for x in random_inputs(layout, (4, 2), torch.float64))
-    query = torch.randn(4, 4, 8, dtype=torch.float64)
-    expected = []
-    for s, length in enumerate(layout.sequence_lengths):
-        i = s // 2
-        start = layout.sequence_rows[s]
-        prompt = range(layout.group_offsets[i], layout.group_offsets[i] + prompts[i])
-        rows = torch.tensor([*prompt, *range(start, start + length)])
-        key, value = k[rows].repeat_interleave(2, 1), v[rows].repeat_interleave(2, 1)
-        weights = (torch.einsum("hd,khd->hk", query[s], key) / 8**0.5).softmax(-1)
-        expected.append(torch.einsum("hk,khd->hd", weights, value))
-    own_k, own_v = (layout.pad_completions(x[layout.completion_rows], 0.0) for x in (k, v))
-    prompt_k, prompt_v = k[layout.prompt_rows], v[layout.prompt_rows]
-    actual = prefix_decode(
-        query, prompt_k, prompt_v, prompts, own_k, own_v, layout.completion_length_tensor, 2
-    )
-    torch.testing.assert_close(actual, torch.stack(expected), rtol=0, atol=1e-12)
-    before_any = prefix_decode(query, prompt_k, prompt_v, prompts, own_k, own_v, 0, 2)
-    torch.testing.assert_close(before_any[0], expected[0], rtol=0, atol=1e-12)
+        q, k, v = (x.to("meta") for x in random_inputs(layout, (6, 2), torch.float32))
+        assert prefix_attention(q, k, v, layout).shape == (layout.num_rows, 6, 8)
+    assert lengths == [alone.num_rows]
 
 
 def test_wrong_arguments_are_refused_by_name() -> None:
@@ -258,10 +285,3 @@ def test_wrong_arguments_are_refused_by_name() -> None:
         prefix_attention(q, k, v.double(), layout)
     with pytest.raises(ValueError, match=r"k is torch\.int64; it must be a float tensor"):
         prefix_attention(q, k.long(), v, layout)
-    own = torch.zeros(2, 3, 2, 8)
-    with pytest.raises(ValueError, match="suffix_length=4 but the suffix cache has 3 places"):
-        prefix_decode(q[:2], k[:3], v[:3], (3,), own, own, 4, 2)
-    with pytest.raises(ValueError, match=r"prefix_k has shape \[2, 2, 8\]; it must be \[3, Hkv, 8"):
-        prefix_decode(q[:2], k[:2], v[:2], (3,), own, own, 1, 2)
-    with pytest.raises(ValueError, match="generations=0"):
-        prefix_decode(q[:0], k[:3], v[:3], (3,), own, own, 1, 0)

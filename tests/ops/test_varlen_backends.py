@@ -21,6 +21,7 @@ from fastomni_kernels.varlen_reference import reference_operator
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CUDA = torch.device("cuda")
 MODULE = importlib.import_module("fastomni_kernels.flash_varlen")
+FIRST = "can run here (backends were not timed on a GPU)"
 LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
 
 
@@ -70,7 +71,7 @@ def install(monkeypatch: pytest.MonkeyPatch, name: str, function: Callable[..., 
 def test_torch_runs_where_no_package_is_installed(nothing_installed: None) -> None:
     assert explain("auto", CUDA, torch.bfloat16, 64) == (
         "torch",
-        "can run here; flash-attn: 4 is not installed, 3 is not installed, 2 is not installed",
+        f"{FIRST}; flash-attn: 4 is not installed, 3 is not installed, 2 is not installed",
     )
     assert explain("torch", CUDA, torch.bfloat16, 64)[1] == "asked for by the argument backend"
 
@@ -80,7 +81,7 @@ def test_the_newest_package_for_the_device_runs(
 ) -> None:
     for version, name in ((2, "flash_attn"), (3, "flash_attn_interface"), (4, "flash_attn.cute")):
         install(monkeypatch, name, lambda: None)
-        assert explain("auto", CUDA, torch.float16, 64) == (f"flash-attn {version}", "can run here")
+        assert explain("auto", CUDA, torch.float16, 64) == (f"flash-attn {version}", FIRST)
     for size, version in ((128, 4), (136, 3), (256, 3)):
         assert explain("auto", CUDA, torch.float16, size)[0] == f"flash-attn {version}"
     for capability, version in (((8, 9), 2), ((10, 0), 4), ((12, 0), 2)):
@@ -127,7 +128,7 @@ def test_a_broken_package_is_passed_over_with_its_reason(
 @pytest.mark.parametrize(
     ("device", "dtype", "size", "capability", "reason"),
     [
-        ("cpu", torch.bfloat16, 64, (9, 0), "the tensors are on cpu"),
+        ("mps", torch.bfloat16, 64, (9, 0), "the tensors are on mps"),
         ("cuda", torch.float32, 64, (9, 0), "the tensors are torch.float32; flash kernels take"),
         ("cuda", torch.bfloat16, 264, (9, 0), "the head size is over 256 or no multiple of 8"),
         ("cuda", torch.bfloat16, 20, (9, 0), "the head size is over 256 or no multiple of 8"),
