@@ -10,7 +10,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastomni_kernels import GroupLayout, dense_attention, prefix_attention, reference
+from fastomni_kernels import (
+    GroupLayout,
+    dense_attention,
+    prefix_attention,
+    prefix_reference,
+    reference,
+)
 from fastomni_kernels.dense_attention import _plan
 from fastomni_kernels.dense_backward import _Gathered
 from fastomni_kernels.prefix_attention import causal_attention, shares_prompts
@@ -102,6 +108,23 @@ def assert_equal_with_gradients(
 @settings(max_examples=40, deadline=None)
 def test_float64_equals_repeated_and_padded(groups: Groups, heads: tuple[int, int]) -> None:
     assert_equal_with_gradients(groups, heads, torch.float64, (1e-10, 1e-10))
+
+
+@given(groups_strategy, heads_strategy)
+@settings(max_examples=40, deadline=None)
+def test_plain_torch_for_other_devices_is_the_definition(
+    groups: Groups, heads: tuple[int, int]
+) -> None:
+    layout = build(groups)
+    inputs = random_inputs(layout, heads, torch.float64)
+    expected = reference.prefix_attention(*inputs, layout, 0.3)
+    upstream = inputs[0].detach().flip(0)
+    wanted = torch.autograd.grad(expected, inputs, upstream)
+    q, k, v = (x.detach() for x in inputs)
+    out, lse = prefix_reference.forward(q, k, v, layout, 0.3)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    actual = prefix_reference.backward(upstream, q, k, v, out, lse, layout, 0.3)
+    torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-12)
 
 
 @given(groups_strategy, heads_strategy)

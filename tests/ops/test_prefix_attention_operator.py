@@ -10,8 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
@@ -200,30 +198,6 @@ def test_torch_compile_does_not_compile_for_every_layout() -> None:
         grads = (torch.autograd.grad(x.sum(), inputs) for x in (actual, expected))
         assert all(map(torch.equal, *grads))
     assert counter.frame_count <= 2  # sizes of the first layout, then any
-
-
-@given(
-    st.lists(
-        st.tuples(st.integers(1, 6), st.lists(st.integers(0, 5), max_size=4)),
-        min_size=1,
-        max_size=3,
-    ),
-    st.sampled_from([(1, 1), (4, 2), (3, 1)]),
-)
-@settings(max_examples=40, deadline=None)
-def test_plain_torch_for_other_devices_is_the_definition(
-    groups: Groups, heads: tuple[int, int]
-) -> None:
-    layout = build(groups)
-    inputs = random_inputs(layout, heads, torch.float64, head_size=5)
-    expected = reference.prefix_attention(*inputs, layout, 0.3)
-    upstream = normal(*expected.shape, dtype=torch.float64)
-    wanted = torch.autograd.grad(expected, inputs, upstream)
-    given = tuple(x.detach() for x in inputs)
-    out, lse = prefix_reference.forward(*given, layout, 0.3)
-    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
-    actual = prefix_reference.backward(upstream, *given, out, lse, layout, 0.3)
-    torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-12)
 
 
 def test_other_devices_run_plain_torch_through_the_same_operator(
