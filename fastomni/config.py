@@ -83,7 +83,7 @@ class ModelConfig:
     attention: Literal["auto", "prefix", "reference"] = "auto"
     """The decoder's attention, in training and rollout: prefix reads a prompt once for all its
     completions (Triton kernels on a GPU, plain torch on a CPU), reference is the slow definition,
-    auto takes prefix wherever it can run."""
+    auto leaves it to the kernels (on a GPU, flash attention for rows that share nothing)."""
 
     def __post_init__(self) -> None:
         check_text("path", self.path)

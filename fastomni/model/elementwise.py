@@ -81,9 +81,12 @@ def rotate(
     cosines, sines = rotation
     parts = (query_heads, heads.shape[1] - query_heads)
     if _operation("rotate", heads) is not None:
-        return _LigerRotation.apply(*heads.split(parts, dim=1), cosines, sines)
-    rotated = heads * cosines + heads.roll(heads.shape[-1] // 2, dims=-1) * sines
-    queries, keys = rotated.split(parts, dim=1)
+        # liger computes in the type of the angles.
+        return _LigerRotation.apply(*heads.split(parts, dim=1), cosines.float(), sines.float())
+    # Wide, and rounded once: as `prefix_decode` rotates, so that rollout and training agree.
+    wide = heads.to(torch.promote_types(heads.dtype, torch.float32))
+    rotated = wide * cosines + wide.roll(heads.shape[-1] // 2, dims=-1) * sines
+    queries, keys = rotated.to(heads.dtype).split(parts, dim=1)
     return queries, keys
 
 

@@ -19,6 +19,7 @@ NAMESPACE = "fastomni"
 
 # Definitions live as long as this object.
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+_UNSAFE_IN_GRAPHS = (torch.Tag.cudagraph_unsafe,)
 
 
 def define(
@@ -28,6 +29,7 @@ def define(
     *,
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
+    reads_host: bool = False,
 ) -> Callable[..., Any]:
     """Register one operator of the namespace `fastomni`.
 
@@ -39,12 +41,14 @@ def define(
         setup_context: called as f(ctx, inputs, output) after a forward that needs gradients.
         backward: called as f(ctx, *output_gradients); returns one gradient (or None) per argument.
             It must be made of torch functions and registered operators.
+        reads_host: whether it reads numbers on the host, which a CUDA graph would not read again:
+            torch.compile then leaves it out of its graphs.
 
     Returns:
         The operator, `torch.ops.fastomni.<name>.default`.
     """
     name = schema.partition("(")[0]
-    _LIBRARY.define(schema)
+    _LIBRARY.define(schema, tags=_UNSAFE_IN_GRAPHS if reads_host else ())
     wrapped = _on_its_device(implementation)
     torch.library.impl(_LIBRARY, name, "CompositeExplicitAutograd")(wrapped)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)

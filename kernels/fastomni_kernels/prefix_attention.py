@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastomni_kernels import dense_attention, dispatch, library, prefix_reference
 from fastomni_kernels.checks import check_float, check_heads, check_kind, check_shape, require
-from fastomni_kernels.flash_varlen import flash_varlen
+from fastomni_kernels.flash_varlen import explain, flash_varlen
 from fastomni_kernels.layout import GroupLayout
 
 _NAME = "prefix_attention"
@@ -39,8 +39,10 @@ def prefix_attention(
 
     A prompt's keys and values are read once per group and their gradient is summed over its
     completions in fp32. On a GPU, rows that share nothing (no prompt has two completions, as in
-    prefill and supervised training) are causal sequences and go to `flash_varlen`, unless a backend
-    is asked for or `torch.compile` is tracing.
+    prefill and supervised training) are causal sequences and go to `flash_varlen` where that has a
+    fast kernel, unless a backend is asked for or `torch.compile` is tracing. Our own kernels add in
+    a fixed order; those of other libraries do under `torch.use_deterministic_algorithms(True)`.
+    Lengths are read on the host, so a CUDA graph cannot hold it; `prefix_decode` is made for that.
 
     Args:
         q: [T, Hq, D] queries of the packed rows, any float dtype and strides.
@@ -60,7 +62,7 @@ def prefix_attention(
     """
     if not torch.compiler.is_compiling():
         _check(q, k, v, layout, scale)
-        if _goes_to_varlen(q.device, layout, backend):
+        if _goes_to_varlen(q, layout, backend):
             return causal_attention(q, k, v, layout, scale)
     factor = q.shape[2] ** -0.5 if scale is None else float(scale)
     out, _ = torch.ops.fastomni.prefix_attention(q, k, v, layout.lengths, factor, backend)
@@ -87,11 +89,13 @@ def _check(q: Tensor, k: Tensor, v: Tensor, layout: GroupLayout, scale: float | 
     )
 
 
-def _goes_to_varlen(device: torch.device, layout: GroupLayout, backend: str) -> bool:
+def _goes_to_varlen(q: Tensor, layout: GroupLayout, backend: str) -> bool:
     """Whether another library's kernel for causal sequences does the work."""
-    if device.type == "cpu" or backend != "auto" or shares_prompts(layout):
+    if q.device.type == "cpu" or backend != "auto" or shares_prompts(layout):
         return False
-    return (os.environ.get(dispatch.ENVIRONMENT_VARIABLE) or "auto") == "auto"
+    if (os.environ.get(dispatch.ENVIRONMENT_VARIABLE) or "auto") != "auto":
+        return False
+    return explain("auto", q.device, q.dtype, q.shape[2])[0] != "reference"
 
 
 def shares_prompts(layout: GroupLayout) -> bool:
@@ -105,7 +109,7 @@ def causal_attention(
     """Attention of groups with one completion at most: each is one causal sequence."""
     offsets = layout.group_offsets
     longest = max(stop - start for start, stop in pairwise(offsets))
-    rows = layout.cu_groups
+    rows = layout.cu_groups.to(q.device)
     return flash_varlen(q, k, v, rows, rows, longest, longest, causal=True, scale=scale)
 
 
@@ -122,6 +126,11 @@ def _layout_of(numbers: tuple[int, ...], device: torch.device) -> GroupLayout:
 
 def _chosen(q: Tensor, k: Tensor, backend: str) -> str:
     """Return "triton" or "reference", whichever runs."""
+    require(
+        q.device.type != "cuda" or not torch.cuda.is_current_stream_capturing(),
+        f"{_NAME}: a CUDA graph is being captured, which would replay this batch's lengths for "
+        "every other; leave this call out of the graph (prefix_decode may be in one)",
+    )
     obstacle = ""
     if dispatch.explain(_NAME, backend, q.device)[0] == "triton":
         from fastomni_kernels.triton_kernels import prefix_attention as kernels
@@ -208,6 +217,7 @@ _backward_operator = library.define(
     "-> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
+    reads_host=True,
 )
 library.define(
     f"prefix_attention({_INPUTS}, {_SETTINGS}) -> (Tensor out, Tensor lse)",
@@ -215,4 +225,5 @@ library.define(
     _forward_fake,
     setup_context=_context,
     backward=_gradients,
+    reads_host=True,
 )

@@ -11,6 +11,7 @@ query heads, Hkv key-value heads, D head size.
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -83,7 +84,11 @@ def prefix_decode(
     if not torch.compiler.is_compiling():
         _check(q, *caches)
         _check_new(q, suffix_k, suffix_v, new_k, new_v, rotation)
-    settings = (q.shape[-1] ** -0.5 if scale is None else scale, backend)
+        require(
+            scale is None or math.isfinite(scale),
+            f"{_NAME}: scale={scale}; it must be a finite number",
+        )
+    settings = (q.shape[-1] ** -0.5 if scale is None else float(scale), backend)
     angles = (None, None) if rotation is None else rotation
     if new_k is None or new_v is None:
         return torch.ops.fastomni.prefix_decode(q, *caches, *angles, *settings)
@@ -141,13 +146,6 @@ def _check_new(
         for name, x in (("new_k", new_k), ("new_v", new_v)):
             check_shape(_NAME, name, x, (len(q), *suffix_k.shape[2:]))
         _check_heads_alike(q, {"new_k": new_k, "new_v": new_v})
-        for name, cache in (("suffix_k", suffix_k), ("suffix_v", suffix_v)):
-            if not _together(cache):
-                raise ValueError(
-                    f"{_NAME}: {name} has strides {cache.stride()}; to be written in place, its "
-                    "last two dimensions must be contiguous, as torch.empty(S, C_max, Hkv, D) "
-                    "makes it"
-                )
     if rotation is not None:
         check_kind(_NAME, "rotation", rotation, tuple)
         require(len(rotation) == 2, f"{_NAME}: rotation must be a pair: cosines, signed sines")
@@ -235,6 +233,17 @@ def _pure(q: Tensor, *rest: Any) -> Tensor:
 
 def _append(q: Tensor, *rest: Any) -> Tensor:
     *arguments, backend = rest
+    for name, cache in zip(("suffix_k", "suffix_v"), arguments[3:5], strict=True):
+        require(
+            _together(cache),
+            f"{_NAME}: {name} has strides {cache.stride()}; to be written in place, its last two "
+            "dimensions must be contiguous, as torch.empty(S, C_max, Hkv, D) makes it",
+        )
+        require(
+            not cache.is_inference() or torch.is_inference_mode_enabled(),
+            f"{_NAME}: {name} was made in inference mode and cannot be written outside of it; make "
+            "the caches under torch.no_grad()",
+        )
     return _run(backend, q, *arguments)
 
 

@@ -332,7 +332,10 @@ def _problem_of_rows(
             "built for"
         )
     # With more axes, as of images, they do not say where a token lies in its text.
-    if position_ids is None or position_ids.dim() > 2 or _are_positions(position_ids, layout):
+    if position_ids is None or position_ids.dim() > 2:
+        return ""
+    written = 0 if position_ids.is_inference() else position_ids._version
+    if _are_positions(position_ids, written, layout):
         return ""
     return (
         "position_ids are not the layout's, in which every completion begins where its prompt "
@@ -340,10 +343,6 @@ def _problem_of_rows(
     )
 
 
-# All layers of a forward get one tensor: compared once, and not at all where it is the layout's.
-@lru_cache(maxsize=1)
-def _are_positions(position_ids: Tensor, layout: GroupLayout) -> bool:
-    expected = layout.positions
-    return position_ids.data_ptr() == expected.data_ptr() or torch.equal(
-        position_ids.reshape(-1), expected.to(position_ids)
-    )
+@lru_cache(maxsize=1)  # all layers of a forward get one tensor, written to as often
+def _are_positions(position_ids: Tensor, written: int, layout: GroupLayout) -> bool:
+    return torch.equal(position_ids.reshape(-1), layout.positions.to(position_ids))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -164,3 +165,16 @@ def leaves(node: object) -> list[torch.Tensor]:
     for following, _ in getattr(node, "next_functions", ()):
         found += leaves(following) if following is not None else []
     return found
+
+
+def test_a_graph_under_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["fastomni_kernels.prefix_attention"]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    q = SimpleNamespace(device=torch.device("cuda"))
+    with pytest.raises(ValueError, match="leave this call out of the graph"):
+        module._chosen(q, q, "auto")
+
+
+def test_compiled_graphs_leave_it_out_of_cuda_graphs() -> None:
+    for name in ("prefix_attention", "prefix_attention_backward"):
+        assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.fastomni, name).default.tags

@@ -70,7 +70,8 @@ def by_rows(
                 shared = head // (q.shape[1] // k.shape[1])
                 scores = scale * k[start_k:seen, shared] @ q[i, head]
                 out.append(scores.softmax(0) @ v[start_k:seen, shared])
-    return torch.stack(out).view_as(q)
+    # Every input has a gradient, if only zeros.
+    return torch.stack(out).view_as(q) + 0 * (q.sum() + k.sum() + v.sum())
 
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}

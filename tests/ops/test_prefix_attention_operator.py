@@ -7,6 +7,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -291,17 +292,26 @@ def test_only_a_gpu_without_wishes_leaves_causal_sequences_to_others(
 ) -> None:
     module = sys.modules["fastomni_kernels.prefix_attention"]
     monkeypatch.delenv("FASTOMNI_KERNELS", raising=False)
-    gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    goes, alone, shared = module._goes_to_varlen, build(ALONE), build(MIXED)
-    assert goes(gpu, alone, "auto")
-    assert not goes(gpu, shared, "auto")
-    assert not goes(cpu, alone, "auto")
-    assert not goes(gpu, alone, "triton") and not goes(gpu, alone, "reference")
+    fast = True
+    monkeypatch.setattr(module, "explain", lambda *_: ("torch" if fast else "reference", ""))
+
+    def goes(device: str, groups: list[Any], backend: str) -> bool:
+        # All that is read of a tensor, on a device that may not be here.
+        q = SimpleNamespace(device=torch.device(device), dtype=torch.bfloat16, shape=(9, 4, 64))
+        return module._goes_to_varlen(q, build(groups), backend)
+
+    assert goes("cuda", ALONE, "auto")
+    assert not goes("cuda", MIXED, "auto")
+    assert not goes("cpu", ALONE, "auto")
+    assert not goes("cuda", ALONE, "triton") and not goes("cuda", ALONE, "reference")
     monkeypatch.setenv("FASTOMNI_KERNELS", "")
-    assert goes(gpu, alone, "auto")
+    assert goes("cuda", ALONE, "auto")
+    fast = False  # fp32, say: our kernel takes it, and theirs do not
+    assert not goes("cuda", ALONE, "auto")
+    fast = True
     for wish in ("triton", "reference"):
         monkeypatch.setenv("FASTOMNI_KERNELS", wish)
-        assert not goes(gpu, alone, "auto")
+        assert not goes("cuda", ALONE, "auto")
 
 
 def test_lengths_that_are_of_other_rows_are_refused() -> None:

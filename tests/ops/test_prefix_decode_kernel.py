@@ -257,3 +257,16 @@ def test_what_the_kernels_do_not_take(decode_step: Step) -> None:
     torch.testing.assert_close(prefix_decode(*tensors), wanted, rtol=0, atol=1e-12)
     tensors, _ = decode_step([40], [0, 0], [1, 2], 2, (64, 1), append=False, rotate=False)
     compare(tensors, {})
+
+
+@pytest.mark.parametrize("append", [False, True])
+def test_what_is_not_a_number_stays_visible(append: bool) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    q, keys, own = torch.randn(2, 4, 16), torch.randn(3, 2, 16), torch.zeros(2, 5, 2, 16)
+    q[1] = float("nan")
+    offsets, lengths = torch.tensor([0, 3]).int(), torch.tensor([2, 2]).int()
+    new = {"new_k": keys[:2], "new_v": keys[1:]} if append else {}
+    tensors = (q, keys, keys, offsets, own, own.clone(), lengths, torch.zeros(2).int())
+    moved = [x.to(device) for x in tensors]
+    found = prefix_decode(*moved, **{k: x.to(device) for k, x in new.items()}, backend="triton")
+    assert found[0].isfinite().all() and found[1].isnan().all()

@@ -215,8 +215,15 @@ def _work(parts: list[Tensor], partials: int, device: torch.device) -> Work:
     return Work(starts, blocks, sums, partials)
 
 
+def stream_of(device: torch.device) -> int:
+    """The stream that launches go to: what was copied on one is not yet there for another."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
 @lru_cache(maxsize=_WORK_LISTS_KEPT)
-def query_blocks(layout: GroupLayout, device: torch.device, tokens: int, keys: int) -> Work:
+def query_blocks(
+    layout: GroupLayout, device: torch.device, tokens: int, keys: int, stream: int = 0
+) -> Work:
     """Blocks of queries; the keys that each meets are its prompt's, then its completions' own.
 
     Args:
@@ -224,6 +231,7 @@ def query_blocks(layout: GroupLayout, device: torch.device, tokens: int, keys: i
         device: where the lists go.
         tokens: of a block.
         keys: of a tile.
+        stream: see `stream_of`; each has lists of its own.
     """
     begins, ends = _runs(layout)
     starts, _ = _segments(layout)
@@ -257,6 +265,7 @@ def key_blocks(
     keys: int,
     tokens: int,
     piece_tiles: int,
+    stream: int = 0,
 ) -> Work:
     """Blocks of keys, in pieces; the queries that each meets are those that see a key of it.
 
@@ -271,6 +280,7 @@ def key_blocks(
         keys: of a block.
         tokens: of a tile of queries.
         piece_tiles: tiles of queries in a piece; more where a key block would have too many pieces.
+        stream: see `stream_of`; each has lists of its own.
     """
     begins, ends = _runs(layout)
     starts, stops = _segments(layout)

@@ -15,6 +15,9 @@ import triton.language as tl
 
 from fastomni_kernels.triton_kernels.decode_parts import bounds, split_size
 
+# The largest score of no keys, far below any that counts.
+NOTHING = tl.constexpr(-1e30)
+
 
 @triton.jit(do_not_specialize=["N", "U", "places", "splits"])
 def prefix_decode_merge_kernel(
@@ -60,12 +63,12 @@ def prefix_decode_merge_kernel(
         part_total = tl.load(totals + first + split, exists, other=0.0)
         inside = exists[:, None] & (columns < D)[None, :]
         part = tl.load(parts + (first + split)[:, None] * D + columns[None, :], inside, other=0.0)
-        base = tl.maximum(largest, tl.max(part_largest, 0))
-        if base > float("-inf"):  # else there is nothing yet, and -inf - -inf is NaN
-            weight = tl.exp2(part_largest - base)
-            keep = tl.exp2(largest - base)
-            total = total * keep + tl.sum(part_total * weight, 0)
-            merged = merged * keep + tl.sum(part * weight[:, None], 0)
-            largest = base
+        # Finite where there is nothing yet: -inf - -inf is NaN. What is NaN in a part stays NaN.
+        base = tl.maximum(tl.maximum(largest, tl.max(part_largest, 0)), NOTHING)
+        weight = tl.exp2(part_largest - base)
+        keep = tl.exp2(largest - base)
+        total = total * keep + tl.sum(part_total * weight, 0)
+        merged = merged * keep + tl.sum(part * weight[:, None], 0)
+        largest = base
     merged /= tl.where(total == 0.0, 1.0, total)  # 0: the sequence sees nothing
     tl.store(out + row.to(tl.int64) * D + columns, merged.to(out.dtype.element_ty), columns < D)

@@ -241,7 +241,7 @@ def own_part(
     lanes = tl.arange(0, ROWS)
     first = split * SIZES.split
     stop = tl.minimum(tl.minimum(length, places), first + SIZES.split)
-    # Before it is known whether they are needed: one wait for memory instead of two.
+    # Before it is known whether they are needed, so that they and what says so come together.
     queries = _load_turned(
         q + (lanes * D)[:, None],
         angles,

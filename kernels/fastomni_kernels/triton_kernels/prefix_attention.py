@@ -36,6 +36,7 @@ from fastomni_kernels.triton_kernels.attention_blocks import (
     seen_by,
     shipped_cases,
     store_rows,
+    stream_of,
 )
 from fastomni_kernels.triton_kernels.linear_tiles import architecture, triton_pointer
 from fastomni_kernels.triton_kernels.prefix_attention_backward import backward
@@ -209,7 +210,8 @@ def forward(
     if scale < 0:  # the largest score is looked for before it is scaled
         q, scale = -q, -scale
     q, k, v = (along_heads(x) for x in (q, k, v))
-    work = query_blocks(layout, q.device, tile.rows // flags["R"], tile.keys)
+    tokens = tile.rows // flags["R"]
+    work = query_blocks(layout, q.device, tokens, tile.keys, stream_of(q.device))
     prefix_attention_kernel[(len(work.blocks) * key_heads,)](
         q,
         k,

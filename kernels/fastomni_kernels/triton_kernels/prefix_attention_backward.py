@@ -32,6 +32,7 @@ from fastomni_kernels.triton_kernels.attention_blocks import (
     seen_by,
     shipped_cases,
     store_rows,
+    stream_of,
 )
 from fastomni_kernels.triton_kernels.linear_tiles import architecture, triton_pointer
 from fastomni_kernels.triton_kernels.prefix_attention_keys import key_gradients
@@ -182,7 +183,8 @@ def backward(
     grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = lse.contiguous()
     delta = torch.empty_like(lse)
-    work = query_blocks(layout, q.device, tile.rows // flags["R"], tile.keys)
+    tokens = tile.rows // flags["R"]
+    work = query_blocks(layout, q.device, tokens, tile.keys, stream_of(q.device))
     prefix_attention_queries_kernel[(len(work.blocks) * key_heads,)](
         grad_out,
         q,

@@ -36,6 +36,7 @@ from fastomni_kernels.triton_kernels.attention_blocks import (
     read_block,
     shipped_cases,
     store_rows,
+    stream_of,
 )
 from fastomni_kernels.triton_kernels.linear_tiles import architecture, triton_pointer
 from fastomni_kernels.triton_kernels.variants import Variant
@@ -275,7 +276,8 @@ def key_gradients(
     rows = INTERPRETER_PIECE_ROWS if target == "interpreter" else PIECE_ROWS
     piece_tiles = triton.cdiv(rows, tile.rows)
     tokens = tile.rows // flags["R"]
-    work = key_blocks(layout, q.device, key_heads, tile.keys, tokens, piece_tiles)
+    sizes = (key_heads, tile.keys, tokens, piece_tiles)
+    work = key_blocks(layout, q.device, *sizes, stream_of(q.device))
     shape = (work.partials, key_heads, 2, tile.keys, flags["WIDTH"])
     partials = torch.empty(shape, dtype=lse.dtype, device=q.device)
     options: dict[str, Any] = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
