@@ -157,6 +157,7 @@ _backward_operator = define(
     f"flash_varlen_backward(Tensor grad, {ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
     _backward,
     lambda grad, q, k, v, *rest: tuple(x.new_empty(x.shape) for x in (q, k, v)),
+    reads_host=True,
 )
 
 # Without the argument `backend` of other operators: it is the reference.
@@ -166,4 +167,5 @@ reference_operator = define(
     lambda q, *rest: q.new_empty(q.shape),
     setup_context=_setup_context,
     backward=_gradients,
+    reads_host=True,
 )

@@ -176,5 +176,6 @@ def test_a_graph_under_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_compiled_graphs_leave_it_out_of_cuda_graphs() -> None:
-    for name in ("prefix_attention", "prefix_attention_backward"):
+    reading = ("prefix_attention", "prefix_attention_backward", "flash_varlen")
+    for name in (*reading, "flash_varlen_backward"):
         assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.fastomni, name).default.tags
