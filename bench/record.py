@@ -2,10 +2,9 @@
 
     python -m bench.record bench/results/kernels_cpu.json
 
-Prints the part of bench/results/README.md that depends on the report. Exit status 1 where the
-report is not fit to be kept: a row of ours failed or was refused, or a verdict is not what its own
-rows say. The page names no times: they are in the report, and differ from run to run. What sharing
-a prompt gains is a ratio of times of one run, and is named.
+Prints the parts of bench/results/README.md and of kernels/README.md (the times) that depend on the
+report. Exit status 1 where the report is not fit to be kept: a row of ours failed or was refused,
+or a verdict is not what its own rows say.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from typing import Any
 
 from bench import sharing
 from bench.goals import judge_all
+from bench.tables import seconds
 
 Report = dict[str, Any]
 
@@ -78,6 +78,23 @@ def sharing_table(report: Report) -> str:
     return "\n".join(lines) + "\n" if shared else ""
 
 
+def times_table(report: Report) -> str:
+    """Return the median times of our fastest row and of the fastest peer, case by case."""
+    lines = ["| case (sizes) | fastomni | fastest peer |", "| --- | --- | --- |"]
+    for result in report["cases"]:
+        timed = [row for row in result["rows"] if row["status"] == "timed"]
+        ours, peer = (
+            min((row for row in timed if row["ours"] == own), key=lambda row: row["median_s"])
+            for own in (True, False)
+        )
+        numbers = "x".join(str(number) for number in result["sizes"].values())
+        lines.append(
+            f"| {result['name']} ({numbers}) | {seconds(ours['median_s'])} | "
+            f"{seconds(peer['median_s'])}, {peer['provider']} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def faster(report: Report) -> dict[str, list[str]]:
     """Return by case the peers whose median time is below that of our fastest row."""
     found: dict[str, list[str]] = {}
@@ -107,7 +124,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("report", type=Path, help="JSON of bench/kernels.py")
     report = json.loads(parser.parse_args(arguments).report.read_text(encoding="utf-8"))
-    print("\n".join(filter(None, (page(report), sharing_table(report)))), end="")
+    parts = (page(report), sharing_table(report), times_table(report))
+    print("\n".join(filter(None, parts)), end="")
     found = problems(report)
     for problem in found:
         print(f"problem: {problem}", file=sys.stderr)

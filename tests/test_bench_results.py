@@ -125,6 +125,8 @@ def test_peers_that_are_faster_are_named(part: Any) -> None:
 def test_the_page_says_what_the_report_says(part: Any, kept: dict[str, Any], page: str) -> None:
     assert part("record").page(kept) in page, "see: python -m bench.record FILE"
     assert part("record").sharing_table(kept) in page
+    kernels = (Path(part("record").__file__).parents[1] / "kernels" / "README.md").read_text()
+    assert part("record").times_table(kept) in kernels, "see: python -m bench.record FILE"
     for goal in kept["goals"]:
         assert f"| {goal['goal']} | {goal['verdict']} |\n" in page
     for case in kept["cases"]:

@@ -58,7 +58,8 @@ class _Run:
     def query_rows(self, x: Tensor) -> Tensor:
         """View x [T, ...] as [count, Lq - blind, ...]."""
         rows = x[self.first_query : self.first_query + self.count * self.queries]
-        return rows.view(self.count, self.queries, *x.shape[1:])[:, self.blind :]
+        rows = rows.view(self.count, self.queries, *x.shape[1:])
+        return rows[:, self.blind :] if self.blind else rows
 
     def key_rows(self, x: Tensor) -> Tensor:
         """View x [U, ...] as [count, Lk, ...]."""
