@@ -56,14 +56,26 @@ class Check:
     problems: list[str] = field(default_factory=list)
 
 
-def check(targets: Sequence[str], workers: int) -> Iterator[Check]:
+def check(targets: Sequence[str], workers: int, names: Sequence[str] = ()) -> Iterator[Check]:
     """Compiles every variant of every target in several processes; yields outcomes in order.
+
+    Args:
+        targets: of `TARGETS`.
+        workers: processes.
+        names: only variants whose names hold one of these; all where none is given.
 
     Raises:
         ValueError: a file's list is wrong (`fastomni_kernels.aot.variants`), or the compiler took
             its process down.
     """
-    jobs = [(target, index) for target in targets for index in range(len(variants(target)))]
+    jobs = [
+        (target, index)
+        for target in targets
+        for index, variant in enumerate(variants(target))
+        if not names or any(name in variant.name for name in names)
+    ]
+    if not jobs:
+        raise ValueError(f"no variant's name holds {' or '.join(names)}")
     # A child that is forked from a process with threads may hang: children start afresh.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=workers, mp_context=context) as pool:
@@ -166,6 +178,8 @@ def command_line(options: argparse.Namespace) -> str:
     words = ["python", "bench/aot.py"]
     if list(options.targets) != list(TARGETS):
         words += ["--targets", *options.targets]
+    if options.names:
+        words += ["--names", *options.names]
     if options.markdown:
         path = options.markdown.resolve()
         inside = path.is_relative_to(REPOSITORY)
@@ -180,6 +194,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument(
+        "--names", nargs="+", default=[], help="only variants whose names hold one of these"
+    )
     parser.add_argument("--workers", type=int, default=2, help="kernels compiled at once")
     parser.add_argument("--markdown", type=Path, help="also write the tables to this file")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
@@ -202,7 +219,7 @@ def main(arguments: list[str] | None = None) -> int:
             for name in unlisted(target)
         ]
         for target in options.targets:
-            outcomes[target] = list(check([target], options.workers))
+            outcomes[target] = list(check([target], options.workers, options.names))
             show(target, outcomes[target])
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
