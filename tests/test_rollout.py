@@ -13,7 +13,7 @@ from fastomni.model.decoder import Decoder
 from fastomni.model.presets import build
 from fastomni.rollout import Rollout, Sampling, generate, sequence_seeds
 from fastomni.scoring import completion_logprobs
-from fastomni_kernels import GroupLayout
+from fastomni_kernels import GroupLayout, sample
 
 LENGTHS = (5, 1, 9)
 IDS = ("row-a", "row-b", "row-c")
@@ -66,6 +66,21 @@ def test_greedy_equals_forwards_without_cache(model: OmniModel) -> None:
     assert len({tuple(tokens) for tokens in wanted}) == 3
     assert rollout.layout.prompt_lengths == LENGTHS
     assert rollout.layout.completion_lengths == ((8, 8),) * 3
+
+
+@pytest.mark.usefixtures("never_stops")
+@torch.no_grad()
+def test_tokens_are_drawn_by_seed_and_position(model: OmniModel) -> None:
+    prompts, seeds = prompts_of(model), sequence_seeds(0, 1, IDS, 1)
+    rollout = generate(model, prompts, LENGTHS, Sampling(1, 6), seeds)
+    for prompt, seed, drawn in zip(
+        prompts.split(list(LENGTHS)), seeds, sequences(rollout), strict=True
+    ):
+        for position, token in enumerate(drawn):  # each from a forward that knows no cache
+            layout = GroupLayout.build([len(prompt)], [[position]])
+            rows = model.rows(prompt, torch.tensor(drawn[:position], dtype=torch.int64), layout)
+            logits = model(rows, layout)[-1:] @ model.decoder.head_weight.T
+            assert sample(logits, seed[None], position).tokens.item() == token
 
 
 @pytest.mark.parametrize(

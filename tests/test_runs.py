@@ -200,6 +200,14 @@ def test_the_frames_of_a_run_are_those_of_its_checkpoints(
     assert OmniModel.from_pretrained(finished_toy / "init").config.num_frames == 4
 
 
+def test_the_attention_of_a_run_is_that_of_its_settings(
+    load_toy: Callable[..., Any], tmp_path: Path, reproducible: None
+) -> None:
+    for mode in ("auto", "prefix", "reference"):
+        model, _ = Run(load_toy(tmp_path / mode, f"model.attention={mode}")).load()
+        assert model.decoder.attention == mode == model.reference().decoder.attention
+
+
 def test_drawing_the_demo_set_says_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     for made in range(16, 4350, 16):
         _say_drawn(made, 4350)
