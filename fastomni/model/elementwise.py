@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastomni.extras import require
+from fastomni_kernels import reference
 from fastomni_kernels.dispatch import ENVIRONMENT_VARIABLE
 
 # What each function takes from liger_kernel.ops; 0.8.2 has them all, 0.7 all but the last.
@@ -83,10 +84,8 @@ def rotate(
     if _operation("rotate", heads) is not None:
         # liger computes in the type of the angles.
         return _LigerRotation.apply(*heads.split(parts, dim=1), cosines.float(), sines.float())
-    # Wide, and rounded once: as `prefix_decode` rotates, so that rollout and training agree.
-    wide = heads.to(torch.promote_types(heads.dtype, torch.float32))
-    rotated = wide * cosines + wide.roll(heads.shape[-1] // 2, dims=-1) * sines
-    queries, keys = rotated.to(heads.dtype).split(parts, dim=1)
+    # As `prefix_decode` rotates, so that rollout and training agree.
+    queries, keys = reference.rotated(heads, rotation).split(parts, dim=1)
     return queries, keys
 
 

@@ -110,8 +110,8 @@ def count_digits(digit, candidates):
     """How many candidates have each of the 16 digits [16].
 
     Sixteen counters of 8 bits lie in two integers, which are added up over groups too small for a
-    counter to overflow: a sum per digit would be as dear as that of the masses, and the atomics of
-    tl.histogram queue up, because the first bits of most logits are the same.
+    counter to overflow: a sum per digit repeats the work of the masses, and the atomics of
+    tl.histogram would meet in a few places: the first bits of most logits are alike.
     """
     SIZE: tl.constexpr = digit.shape[0]
     GROUP: tl.constexpr = 128 if SIZE > 128 else SIZE
